@@ -1,0 +1,252 @@
+"""Staging: turning `Changes` into the writes of one transaction, each chunk written only if its hash differs.
+
+Nothing reaches the disk before the transaction commits; an error before that leaves the store as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from pathways.store.records import (
+    Changes,
+    Entry,
+    array_entry,
+    canonical,
+    check_name,
+    chunk_key,
+    content_keys,
+    encode_entry,
+    encode_json,
+    hash_bytes,
+    raw,
+    zarr_metadata,
+)
+from pathways.store.view import View
+from tasks.errors import UserError
+
+Payload = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
+"""Gives (chunk number, bytes) for the chunk numbers asked of it."""
+
+HASH_THREADS = min(8, os.cpu_count() or 1)
+
+
+class Stage:
+    """The changes of one transaction on top of `view`.
+
+    Attributes:
+        transaction: commit or abort it.
+        view: what the store will hold, readable before the commit.
+        written, appended, removed: names touched so far.
+        size: bytes of content staged.
+    """
+
+    def __init__(self, base: View, kv: ts.KvStore) -> None:
+        self.transaction = ts.Transaction(atomic=True)
+        self._database = kv
+        self._kv = kv.with_transaction(self.transaction)
+        self._base = base
+        self._known: dict[str, Entry | None] = {}
+        self._pending: dict[str, Entry | None] = {}
+        self.view = View(base.path, self._kv, base, self._pending)
+        self.written: set[str] = set()
+        self.appended: set[str] = set()
+        self.removed: set[str] = set()
+        self.size = 0
+
+    def apply(self, changes: Changes, row_chunked: Callable[[str], bool]) -> None:
+        """Stages everything in `changes`."""
+        self.know([*changes.put, *changes.documents, *changes.blobs])
+        for name in changes.remove:
+            self.remove(name)
+        for name, array in changes.put.items():
+            self.put(name, array, row_chunked(name))
+        for name, (rows, values) in changes.put_rows.items():
+            self.put_rows(name, rows, values)
+        for name, values in changes.append.items():
+            self.append(name, values)
+        for name, value in changes.documents.items():
+            self.value(name, "document", encode_json(value, name))
+        for name, data in changes.blobs.items():
+            self.value(name, "blob", bytes(data))
+
+    def know(self, names: Iterable[str]) -> None:
+        """Reads the index entries that stand under `names` in one go: one by one, ten thousand would take seconds."""
+        names = list(names)
+        self._known.update(zip(names, self._base.find(names), strict=True))
+
+    def commit_part(self) -> Stage:
+        """Commits what is staged and gives a stage that goes on from there; for a database nobody reads yet."""
+        self.transaction.commit_async().result()
+        following = Stage(self._base, self._database)
+        following._known = self._known | self._pending
+        return following
+
+    def write(self, key: str, value: bytes | None, if_equal: bytes | None = None) -> None:
+        """One raw key; `None` deletes it."""
+        self._kv.write(key, value, if_equal=if_equal)
+
+    def remove(self, name: str) -> None:
+        """A name, or every name under a prefix that ends in `/`."""
+        if name.endswith("/"):
+            names = self.view.names(name)
+        else:
+            self.view.entry(name)
+            names = [name]
+        for found, entry in zip(names, self.view.find(names), strict=True):
+            if entry is not None:
+                for key in [*content_keys(found, entry), f"index/{found}"]:
+                    self.write(key, None)
+                self._pending[found] = None
+                self.removed.add(found)
+
+    def put(self, name: str, array: Any, row_chunked: bool) -> None:
+        """A whole array."""
+        array, dtype = canonical(name, array)
+        if row_chunked and array.ndim == 0:
+            raise UserError("a scalar has no rows to chunk by", where=name)
+        chunks = split(array, row_chunked)
+        hashes = hash_all(chunks)
+        entry = array_entry(array.shape, dtype, row_chunked, hashes)
+        self._array(name, entry, hashes, lambda wanted: ((i, chunks[i].tobytes()) for i in wanted))
+
+    def put_rows(self, name: str, rows: Any, values: Any) -> None:
+        """Some rows of a row-chunked array."""
+        old, array = self._rows_of(name, values)
+        rows = np.asarray(rows, np.int64).reshape(-1)
+        if len(rows) != len(array) or len(set(rows.tolist())) != len(rows):
+            raise UserError(
+                "row numbers must be distinct, one per row given",
+                where=name,
+                expected=f"{len(array)} distinct numbers",
+                got=f"{len(rows)} numbers, {len(set(rows.tolist()))} distinct",
+            )
+        if rows.size and (rows.min() < 0 or rows.max() >= old.shape[0]):
+            raise UserError("row out of range", where=name, expected=f"0..{old.shape[0] - 1}", got=str(rows.max()))
+        self._splice(name, old, old.shape[0], dict(zip(rows.tolist(), split(array, True), strict=True)))
+
+    def append(self, name: str, values: Any) -> None:
+        """New rows at the end of a row-chunked array."""
+        old, array = self._rows_of(name, values)
+        start = old.shape[0]
+        self._splice(name, old, start + len(array), dict(enumerate(split(array, True), start)))
+        self.appended.add(name)
+
+    def value(self, name: str, kind: Any, data: bytes) -> None:
+        """A document or a blob, encoded."""
+        entry = Entry(kind, hash_bytes(data).hex())
+        if self._takes_place(name, entry):
+            self.write(f"{kind}s/{name}", data)
+            self._index(name, entry, len(data))
+
+    def keep_only(self, source: View) -> dict[str, Entry]:
+        """Removes every name that `source` does not have; gives the index entries of those that it has."""
+        names = source.names()
+        self.know(names)
+        for name in sorted(set(self.view.names()) - set(names)):
+            self.remove(name)
+        return {name: entry for name, entry in zip(names, source.find(names), strict=True) if entry is not None}
+
+    def copy(self, name: str, entry: Entry, source: View) -> None:
+        """Makes `name` what it is in `source`, where its index entry is `entry`.
+
+        Chunks that are equal here already are neither read nor written.
+        """
+        if entry.kind != "array":
+            if self._standing(name) != entry:
+                self.value(name, entry.kind, source.encoded(name, entry))
+            return
+        hashes = source.row_hashes(name, entry) if entry.row_chunked else [b""]
+
+        def payload(wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+            for chunk, data in source.chunks(name, entry, wanted):
+                if data is None:
+                    raise UserError("a chunk is missing", where=f"{source.path}, {name}, chunk {chunk}")
+                yield chunk, data
+
+        self._array(name, entry, hashes, payload)
+
+    def _rows_of(self, name: str, values: Any) -> tuple[Entry, np.ndarray]:
+        old = self.view.entry(name, "array")
+        if not old.row_chunked:
+            raise UserError("this array is not stored row by row", where=name, fix="put it whole")
+        array, dtype = canonical(name, values)
+        if dtype != old.dtype or array.shape[1:] != old.shape[1:] or array.ndim != len(old.shape):
+            raise UserError(
+                "rows do not fit the array",
+                where=name,
+                expected=f"[n, {', '.join(map(str, old.shape[1:]))}] {old.dtype}",
+                got=f"{list(array.shape)} {dtype}",
+            )
+        return old, array
+
+    def _splice(self, name: str, old: Entry, size: int, new: dict[int, np.ndarray]) -> None:
+        """Row chunks `new` by number, in an array that then has `size` rows."""
+        hashes = self.view.row_hashes(name, old) + [b""] * (size - old.shape[0])
+        for row, found in zip(new, hash_all(list(new.values())), strict=True):
+            hashes[row] = found
+        entry = array_entry((size, *old.shape[1:]), old.dtype, True, hashes)
+        self._array(name, entry, hashes, lambda wanted: ((i, new[i].tobytes()) for i in wanted))
+
+    def _array(self, name: str, entry: Entry, hashes: list[bytes], payload: Payload) -> None:
+        """Writes the chunks whose hash differs from what stands there, then hashes, metadata and index entry."""
+        old = self._standing(name)
+        if not self._takes_place(name, entry):
+            return
+        known: list[bytes] = []
+        if entry.row_chunked and old is not None and entry.same_layout(old):
+            known = self.view.row_hashes(name, old)
+        wanted = [i for i in range(entry.num_chunks) if i >= len(known) or known[i] != hashes[i]]
+        size = 0
+        for chunk, data in payload(wanted):
+            self.write(chunk_key(name, entry, chunk), data)
+            size += len(data)
+        if old is not None and old.kind == "array":
+            for key in set(content_keys(name, old)) - set(content_keys(name, entry)):
+                self.write(key, None)
+        if entry.row_chunked:
+            self.write(f"hashes/{name}", b"".join(hashes))
+        if old is None or (old.shape, old.dtype, old.row_chunked) != (entry.shape, entry.dtype, entry.row_chunked):
+            self.write(f"arrays/{name}/zarr.json", encode_json(zarr_metadata(entry)))
+        self._index(name, entry, size)
+
+    def _standing(self, name: str) -> Entry | None:
+        """What the store would hold under `name` if it were committed now."""
+        if name in self._pending:
+            return self._pending[name]
+        if name not in self._known:
+            self.know([name])
+        return self._known[name]
+
+    def _takes_place(self, name: str, entry: Entry) -> bool:
+        """Whether `entry` is news under its name. A name keeps its kind until it is removed."""
+        old = self._standing(check_name(name))
+        if old is not None and old.kind != entry.kind:
+            raise UserError("this name is taken by another kind", where=name, expected=f"a {old.kind}", got=entry.kind)
+        return old != entry
+
+    def _index(self, name: str, entry: Entry, size: int) -> None:
+        self.write(f"index/{name}", encode_entry(entry))
+        self._pending[name] = entry
+        self.written.add(name)
+        self.size += size
+
+
+def split(array: np.ndarray, row_chunked: bool) -> list[np.ndarray]:
+    """The bytes of each chunk of a contiguous array, as views."""
+    if not row_chunked:
+        return [raw(array)]
+    return list(raw(array).reshape(array.shape[0], -1)) if array.size else [raw(array)] * array.shape[0]
+
+
+def hash_all(chunks: Sequence[np.ndarray]) -> list[bytes]:
+    """The hash of each chunk; several threads where there is enough to hash."""
+    if sum(chunk.nbytes for chunk in chunks) < 1 << 20 or HASH_THREADS == 1:
+        return [hash_bytes(chunk) for chunk in chunks]
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return list(pool.map(hash_bytes, chunks))
