@@ -1,0 +1,215 @@
+"""Training one task in a sub-model: only what is its own moves.
+
+A network's bank holds borrowed and fresh experts in one array; their gradients and updates are masked row by row, so
+that borrowed rows stay as they were, bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pathways.adding.start import Start
+from pathways.assemble import from_layers
+from pathways.config import Config, TrainConfig
+from pathways.data import subset
+from pathways.monitor import Monitor
+from pathways.predictions import predict_examples
+from pathways.quality import Chosen, figures, metric_values, quality
+from pathways.submodel import SubModel
+from pathways.training.loop import Hooks, Interrupted, Progress
+from pathways.training.loop import train as run_loop
+from pathways.training.optimizer import make_optimizer, make_schedule, names
+from pathways.training.step import initial_state, make_step
+from tasks.batch import BatchShape
+from tasks.cache import EncodedSplit
+from tasks.errors import UserError
+from tasks.metrics import example_losses, metric_names
+from tasks.pack import shape_for
+from tasks.pipeline import TrainStream
+
+EPOCHS, LEAST_STEPS, MOST_STEPS = 10, 100, 800
+MOST_ROWS = 8
+"""Packed rows of a batch: small, so that a step is cheap on a laptop."""
+BATCHES_OF_DATA = 8
+"""Batches are made smaller until an epoch has about so many."""
+HEAD_RATE = 3.0
+"""Times the learning rate, for the head."""
+VALIDATIONS, PATIENCE = 12, 8
+LOSS_WEIGHT = 1e-3
+"""Of the loss in what early stopping looks at: it decides between equal accuracies, which small splits often have."""
+
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a task is trained: the schedule, and the shape of its batches."""
+
+    config: TrainConfig
+    shape: BatchShape
+
+
+def make_recipe(
+    config: Config, train: EncodedSplit, steps: int | None, learning_rate: float | None, seed: int
+) -> Recipe:
+    """Sizes that suit the data: about 10 epochs, from 100 to 800 steps, of batches of at most 8 packed rows."""
+    use, length = train.token_use(), config.encoders.max_length
+    per_row = max(length / max(sum(use.mean.values()), 1.0), 1.0)
+    rows = max(1, min(MOST_ROWS, config.train.rows, round(len(train) / BATCHES_OF_DATA / per_row)))
+    shape = shape_for([use], [1.0], rows, length, config.encoders)
+    epoch = len(train) / (rows * per_row)
+    steps = steps or max(LEAST_STEPS, min(MOST_STEPS, math.ceil(EPOCHS * epoch)))
+    made = replace(
+        config.train,
+        steps=steps,
+        rows=rows,
+        accumulate=1,
+        learning_rate=learning_rate or config.train.learning_rate,
+        schedule="one_cycle",
+        seed=seed,
+        eval_every=max(steps // VALIDATIONS, 1),
+        patience=PATIENCE,
+        checkpoint_every=0,
+        statistics=False,
+    )
+    return Recipe(made, shape)
+
+
+def own_leaves(start: Start) -> Callable[[Names], bool]:
+    """Which leaves of the network belong to the new task, by path; banks do where a layer has fresh experts."""
+    kinds = {kind for layer in start.fresh for kind in layer}
+
+    def own(path: Names) -> bool:
+        if path[0] in ("heads", "token_heads", "task_embedding"):
+            return True
+        if path[0] == "encoders":
+            return path[1] in start.encoders
+        if "banks" in path:
+            return path[path.index("banks") + 1] in kinds
+        return path[-1] == "scale" or path[-2:] in (("routed", "gate"), ("routed", "noise"))
+
+    return own
+
+
+def head_leaves(path: Names) -> bool:
+    """Which leaves are heads."""
+    return path[0] in ("heads", "token_heads")
+
+
+def fresh_masks(start: Start) -> dict[Names, np.ndarray]:
+    """Bank leaf -> `[E, 1, ...]` (with layers stacked where they are scanned), 1 for fresh experts and 0 for others."""
+    config, layout, flat = start.sub.config.model, start.sub.layout, {}
+    routed = config.routed_layers
+    for path, leaf in start.sub.flat().items():
+        if "banks" in path:
+            layer, kind = routed.index(path[1]), path[path.index("banks") + 1]
+            new = np.isin(layout.experts[layer][kind], start.fresh[layer].get(kind, ()))
+            flat[path] = new.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+    tree = from_layers(flat, config)
+    return {names(path): mask for path, mask in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def mask_rows(masks: Mapping[Names, np.ndarray]) -> optax.GradientTransformation:
+    """Zeroes the rows of banks that are not the task's own; other leaves pass."""
+
+    def one(path: Any, update: jax.Array) -> jax.Array:
+        mask = masks.get(names(path))
+        # Adding -0.0 changes no number, not even -0.0; 0.0 would turn that into 0.0.
+        return update if mask is None else jnp.where(mask > 0, update, -0.0)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree_util.tree_map_with_path(one, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def fit(
+    sub: SubModel,
+    train: EncodedSplit,
+    valid: EncodedSplit,
+    recipe: Recipe,
+    monitor: Monitor,
+    *,
+    own: Callable[[Names], bool] | None = None,
+    masks: Mapping[Names, np.ndarray] | None = None,
+) -> tuple[SubModel, Progress]:
+    """Trains a sub-model of one task and leaves the best parameters on validation in it.
+
+    Args:
+        own: which leaves train, by path; all by default.
+        masks: see `fresh_masks`.
+
+    Raises:
+        UserError: it was stopped by a signal, or diverged.
+    """
+    config = recipe.config
+    schedule = make_schedule(config)
+    rate_of = lambda path: HEAD_RATE if head_leaves(path) else 1.0  # noqa: E731
+    optimizer = make_optimizer(config, schedule, rate_of)
+    if masks:
+        # Before, so that borrowed rows weigh nothing in the clipped norm; after, so that they do not decay.
+        optimizer = optax.chain(mask_rows(masks), optimizer, mask_rows(masks))
+    trainable = None if own is None else (lambda path: own(tuple(str(part) for part in path)))
+    step = make_step(sub, optimizer, sub.config.balance, seed=config.seed, statistics=False, trainable=trainable)
+    state = initial_state(sub, optimizer, statistics=False, trainable=trainable)
+    held = Chosen(valid, subset(valid, config.eval_rows))
+    hooks = Hooks(_validator(held), lambda step, counts: None, lambda batch: sub.names[0])
+    stream = TrainStream([train], [1.0], recipe.shape, config.seed)
+    try:
+        return run_loop(sub, step, state, config, hooks, monitor, lambda position: stream, None, schedule)
+    except Interrupted as stop:
+        raise UserError(
+            "Stopped before the new task was committed; the model is as it was.", where=f"after step {stop.step}"
+        ) from None
+    finally:
+        stream.close()
+
+
+def _validator(held: Chosen) -> Callable[[SubModel], dict[str, float]]:
+    later = itertools.count()
+
+    def validate(sub: SubModel) -> dict[str, float]:
+        if not held:
+            # Nothing to look at: each look counts as better, so that the last parameters are taken.
+            return {"quality": float(next(later))}
+        fitted, found = sub.entries[0].fitted, predict_examples(sub, {sub.names[0]: held})[sub.names[0]]
+        value = quality(fitted, found, held)
+        values, targets = metric_values(fitted, found, held)
+        loss = float(np.mean(example_losses(fitted, values, targets, found.mask)))
+        return {"quality": (value if np.isfinite(value) else -1.0) - LOSS_WEIGHT * loss / (1 + loss), "loss": loss}
+
+    return validate
+
+
+def metrics_of(sub: SubModel, split: EncodedSplit) -> dict[str, float]:
+    """The task's metrics on all rows of a split; none for an empty one."""
+    fitted, task = sub.entries[0].fitted, sub.names[0]
+    if not len(split):
+        return {}
+    rows = Chosen(split, range(len(split)))
+    return figures(fitted, predict_examples(sub, {task: rows})[task], examples=rows)
+
+
+def metric_of(sub: SubModel, split: EncodedSplit) -> float:
+    """The chief one of them."""
+    return metrics_of(sub, split)[metric_names(sub.entries[0].fitted)[0]]
+
+
+def trained_parameters(sub: SubModel, own: Callable[[Names], bool], masks: Mapping[Names, np.ndarray]) -> int:
+    """Numbers that training may change."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(sub.params)[0]:
+        where = names(path)
+        if own(where):
+            part = masks[where].mean() if where in masks else 1.0
+            total += round(leaf.size * float(part))
+    return total

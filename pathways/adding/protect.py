@@ -1,0 +1,179 @@
+"""The promise to old tasks, checked inside the commit: their bytes and their logits are what they were.
+
+Two checks look at the state about to be committed, and a difference aborts it:
+
+- by digest, every component that stood before is equal, but for those the commit says it touches; of a bank, every
+  row that is not free;
+- by running them, the logits of old tasks on stored probe rows are bitwise equal, on this platform and batch shape.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pathways.model import Model, row_chunked
+from pathways.predictions import SMALL_ROWS, run_shape
+from pathways.store.view import View
+from pathways.submodel import SubModel
+from tasks.encoded import Example
+from tasks.errors import UserError
+from tasks.pack import Packer
+
+MOST_GROUPS = 16
+"""Groups of tasks whose logits are compared; the digests of all are."""
+
+Group = tuple[str, str]
+"""Names of norms and of the gate that some tasks share."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a commit may do to what stood before.
+
+    Attributes:
+        changed: names that may differ.
+        removed: names that may go.
+        rows: bank, as `layer<i>/<kind>` -> rows that may differ: free ones, or those about to be freed.
+    """
+
+    changed: frozenset[str] = frozenset({"manifest"})
+    removed: frozenset[str] = frozenset()
+    rows: Mapping[str, Collection[int]] = field(default_factory=dict)
+
+
+def make_probe(sub: SubModel, examples: Mapping[str, Sequence[Example]]) -> bytes:
+    """One packed batch of a few examples of each task, as an npz blob.
+
+    The first example of every task comes first, then the second of each, as long as there is room.
+
+    Args:
+        sub: a sub-model of these tasks, for the batch's shape.
+        examples: task -> its examples.
+    """
+    turns = max((len(items) for items in examples.values()), default=0)
+    queue = [(task, items[i]) for i in range(turns) for task, items in examples.items() if i < len(items)]
+    names = list(examples)
+    small = sum(example.length for _, example in queue) <= SMALL_ROWS * sub.config.encoders.max_length // 2
+    packer = Packer(run_shape(sub, sub.layout.size.streams, small))
+    for task, example in queue:
+        packer.add(names.index(task), example)
+    out = io.BytesIO()
+    flat: dict[str, Any] = {f"batch/{name}": array for name, array in _flatten(packer.batch())}
+    np.savez_compressed(out, **{"names": np.array(names, np.str_), **flat})
+    return out.getvalue()
+
+
+def read_probe(blob: bytes) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the tasks, and the batch, in which a task's integer is its place among the names."""
+    batch: dict[str, Any] = {}
+    with np.load(io.BytesIO(blob), allow_pickle=False) as found:
+        names = tuple(str(name) for name in found["names"])
+        for key in found.files:
+            if key != "names":
+                *parents, last = key.split("/")[1:]
+                (batch.setdefault(parents[0], {}) if parents else batch)[last] = found[key]
+    return names, batch
+
+
+def check(
+    old: Model, allowed: Allowed = Allowed(), *, first: Sequence[str] = (), seed: int = 0
+) -> Callable[[View], None]:
+    """A check for `Store.commit`.
+
+    Args:
+        old: the version that the commit is based on.
+        first: tasks whose groups are run before a seeded sample of the others.
+
+    Raises:
+        UserError: (when called) something that stood before would be another; names it.
+    """
+
+    def run(staged: View) -> None:
+        check_digests(old.view, staged, allowed)
+        new = Model(old.path, staged)
+        for group in chosen_groups(old, new, first, seed):
+            check_logits(old, new, group)
+
+    return run
+
+
+def check_digests(old: View, new: View, allowed: Allowed) -> None:
+    """Compares every component that stood before."""
+    before, after = old.digests(), new.digests()
+    for name, digest in before.items():
+        if name in allowed.changed or after.get(name) == digest:
+            continue
+        if name not in after:
+            if name not in allowed.removed:
+                raise _broken(f"{name} would be removed")
+        elif row_chunked(name):
+            free = allowed.rows.get("/".join(name.split("/")[1:3]), ())
+            _check_rows(name, old.row_digests(name), new.row_digests(name), free)
+        else:
+            raise _broken(f"{name} would be changed")
+
+
+def _check_rows(name: str, before: list[str], after: list[str], free: Collection[int]) -> None:
+    if len(after) < len(before):
+        raise _broken(f"{name} would lose experts: {len(before)} before, {len(after)} after")
+    for row, digest in enumerate(before):
+        if after[row] != digest and row not in free:
+            raise _broken(f"expert {row} of {name} would be changed")
+
+
+def chosen_groups(old: Model, new: Model, first: Sequence[str], seed: int) -> list[Group]:
+    """At most `MOST_GROUPS` groups that both versions have: those of the tasks in `first`, then a seeded sample."""
+    there = set(new.groups())
+    groups = {group: names for group, names in old.groups().items() if group in there}
+    wanted = [group for group, names in groups.items() if set(names) & set(first)]
+    rest = [group for group in groups if group not in wanted]
+    order = np.random.default_rng(seed).permutation(len(rest)).tolist()
+    return (wanted + [rest[i] for i in order])[:MOST_GROUPS]
+
+
+def check_logits(old: Model, new: Model, group: Group) -> None:
+    """Compares the logits of a group's stored probe rows, bit for bit."""
+    blob = f"probes/{group[1]}"
+    if not old.view.has(blob):
+        return
+    names, batch = read_probe(old.view.blob(blob))
+    kept = tuple(name for name in names if name in set(old.tasks) & set(new.tasks))
+    if not kept:
+        return
+    place = np.array([kept.index(name) if name in kept else -1 for name in names], np.int32)
+    task = np.where(batch["task"] >= 0, place[batch["task"]], -1).astype(np.int32)
+    batch = {**batch, "task": task}
+    shown = task >= 0
+    tokens = (batch["segment"] > 0) & shown[np.maximum(batch["segment"] - 1, 0)]
+    before, after = (_logits(model.submodel(kept), batch, shown, tokens) for model in (old, new))
+    for was, now in zip(before, after, strict=True):
+        if was.tobytes() != now.tobytes():
+            raise _broken(f"the logits of {', '.join(kept[:5])} on stored probe rows would be others")
+
+
+def _logits(sub: SubModel, batch: dict[str, Any], shown: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+    out = sub.run(batch)
+    found = [np.asarray(out.logits)[shown]]
+    return found if out.token_logits is None else [*found, np.asarray(out.token_logits)[tokens]]
+
+
+def _broken(what: str) -> UserError:
+    return UserError(
+        "This would have changed what old tasks compute; nothing was committed.",
+        expected="every component that stood before, and the logits of old tasks, bit for bit as they were",
+        got=what,
+        fix="this is a fault of the program or of the machine, not yours: please report it",
+    )
+
+
+def _flatten(batch: Mapping[str, Any]) -> list[tuple[str, np.ndarray]]:
+    found = []
+    for name, value in batch.items():
+        inner = value.items() if isinstance(value, dict) else [(None, value)]
+        found += [(f"{name}/{key}" if key else name, array) for key, array in inner]
+    return found

@@ -1,0 +1,106 @@
+"""Taking a task away, and going back to an earlier version. Both make a new version; nothing is lost."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from pathways.adding.commit import bank_of
+from pathways.adding.protect import Allowed, check
+from pathways.adding.search import free_experts
+from pathways.model import STORE, Model, beside, open_for_writing, row_chunked
+from pathways.pathway import Experts, gate_names, head_names, private
+from pathways.store import Changes, Store, Version
+from tasks.errors import UserError
+
+
+def remove_task(model_path: str | os.PathLike[str], name: str) -> Version:
+    """Removes a task: its document, card, head, private norms, gate and probe; what it shares stays.
+
+    The experts it owns that no other task uses are set to zero and their places are free for later tasks.
+
+    Raises:
+        UserError: no such task (the nearest is named), or another task would change.
+    """
+    store, model = open_for_writing(model_path)
+    entry = model.entry(name)
+    freed = freed_experts(model, name)
+    names = private_names(model, name)
+    rows = {
+        f"layer{number}/{kind}": index
+        for number, layer in zip(model.routed_layers, freed, strict=True)
+        for kind, index in layer.items()
+    }
+    changes = Changes(remove=names, documents={"manifest": shrunk_manifest(model, name, freed)})
+    for bank in model.view.names("banks/"):
+        layer, kind = bank_of(bank)
+        index = rows.get(f"layer{layer}/{kind}", ())
+        if index:
+            shape, dtype, _ = model.view.array_info(bank)
+            changes.put_rows[bank] = (np.array(index), np.zeros((len(index), *shape[1:]), dtype))
+    free = {**_rows(model, free_experts(model)), **rows}
+    allowed = Allowed(removed=frozenset(names), rows=free)
+    protect = check(model, allowed, first=entry.pathway.parents)
+    return store.commit(changes, f"removed task {name}", row_chunked=row_chunked, check=protect)
+
+
+def undo(model_path: str | os.PathLike[str], to: int | None = None) -> Version:
+    """Makes the content of version `to`, by default the one before the newest, the newest version.
+
+    Raises:
+        UserError: no such version, or one that holds no model: the store is empty until training commits.
+    """
+    store = Store.open(beside(model_path, STORE), mode="w")
+    parents = {version.number: version.parent for version in store.log()}
+    target = parents[store.version] if to is None else to
+    if target is not None and not store.at(target).has("manifest"):
+        raise UserError(
+            "There is no model to go back to in that version.",
+            where=os.fspath(model_path),
+            expected="a version that a commit of a model made: `pathways log` lists them",
+            got=f"version {target}, which is from before the model was trained",
+        )
+    return store.undo() if to is None else store.revert(to, f"back to version {target}")
+
+
+def private_names(model: Model, name: str) -> list[str]:
+    """Components of one task alone, each by its whole name: `a` may be removed while `a/b` stays."""
+    pathway = model.entry(name).pathway
+    names = [f"tasks/{name}", f"cards/{name}", *head_names(name)]
+    others = [model.entry(task).pathway for task in model.tasks if task != name]
+    if pathway.norms == private(name) and all(p.norms != pathway.norms for p in others):
+        names.append(f"norms/{pathway.norms}")
+    if pathway.gate == private(name) and all(p.gate != pathway.gate for p in others):
+        names += [f"gates/{pathway.gate}/candidates", *gate_names(pathway.gate, model.routed_layers)]
+        names.append(f"probes/{pathway.gate}")
+    return [found for found in names if model.view.has(found)]
+
+
+def freed_experts(model: Model, name: str) -> tuple[Experts, ...]:
+    """Per routed layer, the experts that the task owns and no other task's gate can choose."""
+    others = {model.entry(task).pathway.gate for task in model.tasks if task != name}
+    used = [model.gate(gate).candidates for gate in others]
+    freed = []
+    for layer, owned in enumerate(model.entry(name).pathway.owned):
+        mine = {
+            kind: tuple(i for i in index if all(i not in spec[layer].get(kind, ()) for spec in used))
+            for kind, index in owned.items()
+        }
+        freed.append({kind: index for kind, index in mine.items() if index})
+    return tuple(freed) or tuple({} for _ in model.bank_sizes)
+
+
+def shrunk_manifest(model: Model, name: str, freed: tuple[Experts, ...]) -> dict[str, Any]:
+    """The manifest without the task, its experts' places free."""
+    free = []
+    for known, new in zip(free_experts(model), freed, strict=True):
+        kinds = dict.fromkeys([*known, *new])
+        free.append({kind: sorted({*known.get(kind, ()), *new.get(kind, ())}) for kind in kinds})
+    return {**model.manifest, "tasks": [task for task in model.tasks if task != name], "free": free}
+
+
+def _rows(model: Model, layers: Any) -> dict[str, list[int]]:
+    named = zip(model.routed_layers, layers, strict=True)
+    return {f"layer{number}/{kind}": list(index) for number, layer in named for kind, index in layer.items()}

@@ -1,0 +1,249 @@
+"""The model on disk and what can be asked of it.
+
+A model is a folder (or a `gs://`, `s3://` URL): `store/` holds every component in versions, `statistics/` the routing
+tables, and a training run leaves its logs beside them. Opening reads a few documents; arrays are read when a sub-model
+needs them, and only those it needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from pathways.assemble import Layout, Part, plan_network
+from pathways.config import SECTIONS, Config
+from pathways.pathway import GateSpec, gate_from_json, pathway_from_json
+from pathways.store import Changes, Store
+from pathways.store.view import View
+from pathways.submodel import SubModel, TaskEntry, read_submodel
+from tasks.check import unknown
+from tasks.errors import UserError
+from tasks.fitted import FittedTask
+from tasks.tokenizer import Tokenizer
+
+STORE, STATISTICS = "store", "statistics"
+FORMAT = 1
+"""Version of the documents below; the store has one of its own."""
+KEPT = 4
+"""Sub-models that a model keeps, the last used: each holds its parameters on the device."""
+
+
+def beside(path: str | os.PathLike[str], name: str) -> str:
+    """A place in a model's folder or URL."""
+    return f"{os.fspath(path).rstrip('/')}/{name}"
+
+
+def row_chunked(name: str) -> bool:
+    """Banks are stored one chunk per expert; everything else whole."""
+    return name.startswith("banks/")
+
+
+class Model:
+    """One version of a model.
+
+    Attributes:
+        path: its folder or URL.
+        view: the state that is read: an opened store, or the uncommitted state inside a commit's check.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], view: View) -> None:
+        self.path, self.view = os.fspath(path), view
+        self._entries: dict[str, TaskEntry] = {}
+        self._gates: dict[str, GateSpec] = {}
+        self._submodels: OrderedDict[tuple[str, ...], SubModel] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], version: int | None = None) -> Model:
+        """Opens the newest version, or an older one, for reading.
+
+        Raises:
+            UserError: there is no model there, it is of a newer format, or it has no such version.
+        """
+        return cls(path, Store.open(beside(path, STORE), version))
+
+    @property
+    def version(self) -> int | None:
+        """Its number; None inside a commit."""
+        return getattr(self.view, "version", None)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        found = self.view.document("manifest")
+        if found.get("format", 0) > FORMAT:
+            raise UserError(
+                "This model was written by a newer version of pathways.",
+                where=self.path,
+                expected=f"model format {FORMAT} or older",
+                got=f"model format {found['format']}",
+                fix="pip install -U pathways-moe",
+            )
+        return found
+
+    @cached_property
+    def config(self) -> Config:
+        return msgspec.convert(self.manifest["config"], Config)
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """JSON of its tokenizer."""
+        return self.view.document("tokenizer")["json"]
+
+    @cached_property
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer itself, which takes a while to parse."""
+        return Tokenizer(self.tokenizer)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of all tasks, in the order they came."""
+        return tuple(self.manifest["tasks"])
+
+    @property
+    def bank_sizes(self) -> list[dict[str, int]]:
+        """Per routed layer, experts by kind."""
+        return self.manifest["banks"]
+
+    @property
+    def routed_layers(self) -> list[int]:
+        """The numbers of the layers that have experts."""
+        return self.config.model.routed_layers
+
+    def entry(self, task: str) -> TaskEntry:
+        """One task; an unknown name is an error that suggests the nearest, never another task."""
+        if task not in self._entries:
+            if not self.view.has(f"tasks/{task}"):
+                raise unknown("task", task, self.tasks, where=self.path)
+            found = self.view.document(f"tasks/{task}")
+            self._entries[task] = TaskEntry(
+                FittedTask.from_json(found["fitted"]), pathway_from_json(found["pathway"]), found["notes"]
+            )
+        return self._entries[task]
+
+    def gate(self, name: str) -> GateSpec:
+        """The candidates of a gate."""
+        if name not in self._gates:
+            self._gates[name] = gate_from_json(self.view.document(f"gates/{name}/candidates"))
+        return self._gates[name]
+
+    def submodel(self, tasks: str | Iterable[str]) -> SubModel:
+        """A small network with the components of these tasks only; the last few are kept for the next call."""
+        names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+        if names not in self._submodels:
+            entries = [self.entry(task) for task in names]
+            layout = self.layout(entries)
+            self._submodels[names] = read_submodel(self.config, entries, layout, self.tokenizer, self.read)
+            if len(self._submodels) > KEPT:
+                self._submodels.popitem(last=False)
+        self._submodels.move_to_end(names)
+        return self._submodels[names]
+
+    def predict(self, task: str | Mapping[str, Any], rows: Any = None, *, folder: str | Path = ".") -> Any:
+        """`predict(task, rows)` gives one table, `predict({task: rows})` one for each; see `pathways.inference`."""
+        from pathways.inference import predict, predict_many
+
+        if isinstance(task, str):
+            return predict(self, task, rows, folder=folder)
+        return predict_many(self, task, folder=folder)
+
+    def evaluate(self, tasks: str | Sequence[str] | None = None, split: Any = "test", **options: Any) -> list[Any]:
+        """An `Evaluation` of each task, all by default; see `pathways.evaluation.evaluate` for the options."""
+        from pathways.evaluation import evaluate
+
+        return evaluate(self, [tasks] if isinstance(tasks, str) else tasks, split, **options)
+
+    def layout(self, entries: Sequence[TaskEntry], gates: Mapping[str, GateSpec] | None = None) -> Layout:
+        """What a network for these tasks holds. `gates` adds gates that are not in the model yet."""
+        pathways = [entry.pathway for entry in entries]
+        known = dict(gates or {})
+        specs = {p.gate: known.get(p.gate) or self.gate(p.gate) for p in pathways}
+        vocab = self.config.encoders.vocab_size
+        return plan_network(self.config.model, vocab, pathways, specs, [entry.fitted for entry in entries])
+
+    def read(self, parts: list[Part]) -> list[np.ndarray]:
+        """Values of components, fetched together."""
+        wanted = {part.name: part.rows if isinstance(part.rows, np.ndarray) else None for part in parts}
+        values = self.view.read_many(wanted)
+        return [values[part.name][part.rows] if isinstance(part.rows, int) else values[part.name] for part in parts]
+
+    def groups(self) -> dict[tuple[str, str], list[str]]:
+        """Tasks that share norms and gate, and so one network."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for task in self.tasks:
+            pathway = self.entry(task).pathway
+            found.setdefault((pathway.norms, pathway.gate), []).append(task)
+        return found
+
+    def networks(self, tasks: Sequence[str]) -> list[tuple[str, ...]]:
+        """These tasks, divided into those that are run together in one network: tasks that share their norms.
+
+        What a task computes depends, in the last bits, on the shapes of the network that it is run in. A task that is
+        added has norms of its own, so it never enters the network of others, whose values stay what they were.
+        """
+        found: dict[str, list[str]] = {}
+        for task in tasks:
+            found.setdefault(self.entry(task).pathway.norms, []).append(task)
+        return [tuple(dict.fromkeys(names)) for names in found.values()]
+
+
+def open_for_writing(path: str | os.PathLike[str]) -> tuple[Store, Model]:
+    """The newest version, for a commit."""
+    store = Store.open(beside(path, STORE), mode="w")
+    return store, Model(path, store)
+
+
+def create_store(path: str | os.PathLike[str]) -> Store:
+    """A new store in a model's folder, which is made if need be."""
+    target = beside(path, STORE)
+    if "://" not in target:
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError("The model's folder cannot be made.", where=os.fspath(path), got=str(error)) from None
+    return Store.create(target)
+
+
+def task_document(entry: TaskEntry) -> dict[str, Any]:
+    """A task as it is stored."""
+    return {"fitted": entry.fitted.to_json(), "pathway": entry.pathway.to_json(), "notes": entry.notes}
+
+
+def manifest_document(config: Config, tasks: Sequence[str], banks: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+    """The document that says what the model is."""
+    sections = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
+    return {"format": FORMAT, "config": sections, "tasks": list(tasks), "banks": [dict(b) for b in banks]}
+
+
+def changes_for(
+    found: Mapping[str, tuple[np.ndarray | None, np.ndarray]],
+    sizes: Callable[[str], int],
+) -> Changes:
+    """A commit's arrays from a network taken apart (`assemble.components`).
+
+    Rows of a bank past its size are appended, others replaced; whole arrays are put.
+
+    Args:
+        sizes: the rows a bank has now, by the array's name; 0 if it does not exist.
+    """
+    changes = Changes()
+    for name, (rows, value) in found.items():
+        if rows is None:
+            changes.put[name] = value
+            continue
+        size = sizes(name)
+        old, new = rows < size, rows >= size
+        if size == 0:
+            changes.put[name] = value
+        else:
+            if old.any():
+                changes.put_rows[name] = (rows[old], value[old])
+            if new.any():
+                changes.append[name] = value[new]
+    return changes

@@ -1,0 +1,1 @@
+"""The network: encoders, trunk, heads, as NNX modules that own parameters and pure functions that use them."""

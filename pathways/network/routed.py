@@ -1,0 +1,204 @@
+"""The routed feed-forward layer: gates, plan, exchange, experts, combine; beside them balance and counters.
+
+Axis letters: T rows (tokens), N examples, D width, G gates, M candidates of a gate, K experts per row, E slots of the
+layer's banks, kinds one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experts.compute import apply_experts
+from experts.kinds import get_kind
+from pathways.config import BalanceOptions, ModelConfig
+from pathways.devices import over_rows
+from pathways.network.layers import segment_mean
+from routing import balance
+from routing.counters import Counters, count
+from routing.gates import GateConfig, Routing, gate_logits, route, sum_by_slot, to_slots
+from routing.plan import Plan
+
+
+class BalanceBias(nnx.Variable):
+    """The bias of loss-free balancing: updated by a rule, not by a gradient."""
+
+
+class RowContext(NamedTuple):
+    """What a routed layer knows of its rows.
+
+    `example [T]` index of the row's example, -1 for padding; `task [T]`, `gate [T]`, `pathway [T]` integers (0 for
+    padding); `example_gate [N]`, `example_task [N]` the same per example; `embedding [N, D]` of the examples' tasks, or
+    None.
+    """
+
+    example: jax.Array
+    task: jax.Array
+    gate: jax.Array
+    pathway: jax.Array
+    example_task: jax.Array
+    example_gate: jax.Array
+    embedding: jax.Array | None
+
+    @property
+    def valid(self) -> jax.Array:
+        return self.example >= 0
+
+
+class LayerOutput(NamedTuple):
+    """Beside the rows: `loss` (the weighted balance losses), `load [E]` (choices per slot), `counters` if asked for."""
+
+    loss: jax.Array
+    load: jax.Array
+    counters: Counters | None
+
+
+class RoutedFeedForward(nnx.Module):
+    """Gates `[G, D, M]` over slots of banks `[E, ...]`.
+
+    Args:
+        config: sizes and the gate's kind.
+        experts: size of each bank, by kind.
+        gates: G.
+        candidates: M.
+    """
+
+    def __init__(
+        self, config: ModelConfig, experts: dict[str, int], gates: int, candidates: int, rngs: nnx.Rngs
+    ) -> None:
+        shape = (gates, config.width, candidates)
+        noisy = config.gate.kind == "noisy_top_k"
+        scale = 0.0 if noisy else config.width**-0.5
+        self.gate = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+        self.noise = nnx.Param(jnp.zeros(shape)) if noisy else None
+        self.bias = BalanceBias(jnp.zeros((gates, candidates))) if config.gate.kind == "sigmoid_top_k" else None
+        self.sizes = tuple(experts.items())
+        self.num_slots = sum(experts.values())
+        self.banks = nnx.Dict(
+            {kind: nnx.Dict(_params(kind, rngs, num, config)) for kind, num in experts.items() if _has_leaves(kind)}
+        )
+        # Of the configuration, not of `experts`: a pathway may use no expert of the first kind.
+        first = next(iter(config.experts))
+        self.shared_kind = first
+        self.shared = nnx.Dict(_params(first, rngs, config.shared_experts, config)) if config.shared_experts else None
+        self.options = config.gate
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rows: RowContext,
+        slots: jax.Array,
+        weights: BalanceOptions,
+        *,
+        num_tasks: int,
+        key: jax.Array | None,
+        statistics: bool,
+    ) -> tuple[jax.Array, LayerOutput]:
+        """`x [T, D]`, `slots [G, M]` -> `[T, D]` and the layer's accounts. Noise is drawn only with a key."""
+        routing, plan = self.plan(x, rows, slots, key)
+        banks = self._banks()
+
+        def compute(leaves: Any, x: jax.Array, plan: Plan) -> jax.Array:
+            return apply_experts({kind: (leaves[kind], start, num) for kind, (_, start, num) in banks.items()}, x, plan)
+
+        y = over_rows(compute, {kind: leaves for kind, (leaves, *_) in banks.items()}, x, plan)
+        if self.shared is not None:
+            y = y + self._shared(x)
+        load, loss = self._balance(routing, rows, slots, weights)
+        counters = None
+        if statistics:
+            counters = count(plan, _row_probs(routing, rows, self.options.unit), rows.task, num_tasks, self.num_slots)
+        return y, LayerOutput(loss, load, counters)
+
+    def plan(self, x: jax.Array, rows: RowContext, slots: jax.Array, key: jax.Array | None) -> tuple[Routing, Plan]:
+        """Routes each row, or each example for all of its rows. The routing returned is per routed unit."""
+        config = GateConfig(kind=self.options.kind, top_k=self.options.top_k, renormalize=self.options.renormalize)
+        whole = self.options.unit == "example"
+        num = rows.example_task.shape[0]
+        unit = segment_mean(x, rows.example, num) if whole else x
+        gate = rows.example_gate if whole else rows.gate
+        valid = rows.example_task >= 0 if whole else rows.valid
+        embedding = None
+        if rows.embedding is not None:
+            embedding = rows.embedding if whole else rows.embedding[jnp.maximum(rows.example, 0)]
+        bias = None if self.bias is None else self.bias[...][gate]
+        routing = route(
+            config,
+            gate_logits(unit, self.gate[...], gate, task_embedding=embedding),
+            valid=valid,
+            candidates=(slots < self.num_slots)[gate],
+            key=key,
+            noise_logits=None
+            if self.noise is None
+            else gate_logits(unit, self.noise[...], gate, task_embedding=embedding),
+            balance_bias=bias,
+            deterministic=key is None,
+        )
+        plan = to_slots(routing, slots, gate, self.num_slots)
+        if whole:
+            index = jnp.maximum(rows.example, 0)
+            on = rows.valid[:, None]
+            plan = Plan(jnp.where(on, plan.slot[index], self.num_slots), jnp.where(on, plan.weight[index], 0.0))
+        return routing, plan
+
+    def _banks(self) -> dict[str, tuple[dict[str, jax.Array], int, int]]:
+        banks, start = {}, 0
+        for kind, num in self.sizes:
+            leaves = {name: leaf[...] for name, leaf in self.banks[kind].items()} if kind in self.banks else {}
+            banks[kind] = (leaves, start, num)
+            start += num
+        return banks
+
+    def _shared(self, x: jax.Array) -> jax.Array:
+        """The always-on experts, each on every row, added up."""
+        assert self.shared is not None
+        leaves = {name: leaf[...].astype(x.dtype) for name, leaf in self.shared.items()}
+        num = next(iter(leaves.values())).shape[0]
+        everywhere = jnp.broadcast_to(x, (num, *x.shape))
+        return jnp.sum(get_kind(self.shared_kind).apply(leaves, everywhere), axis=0).astype(x.dtype)
+
+    def _balance(
+        self, routing: Routing, rows: RowContext, slots: jax.Array, weights: BalanceOptions
+    ) -> tuple[jax.Array, jax.Array]:
+        """Load and loss over the routed units: examples, or tokens; padding counts in neither."""
+        whole = self.options.unit == "example"
+        gate = rows.example_gate if whole else rows.gate
+        valid = rows.example_task >= 0 if whole else rows.valid
+        unit_plan = to_slots(routing, slots, gate, self.num_slots)
+        num_rows = jnp.maximum(jnp.sum(valid), 1)
+        load = balance.count_by_slot(unit_plan, self.num_slots)
+        loss = jnp.zeros(())
+        if weights.importance:
+            importance = balance.weight_by_slot(unit_plan, self.num_slots)
+            loss += weights.importance * balance.importance_loss_from_sums(importance)
+        if weights.load:
+            smooth = sum_by_slot(routing.load, slots, gate, self.num_slots)
+            loss += weights.load * balance.load_loss_from_sums(smooth)
+        if weights.load_balancing:
+            # Sigmoids do not sum to one: without this the loss would only shrink them (DeepSeek-V3, eq. 19).
+            share = routing.probs / jnp.maximum(jnp.sum(routing.probs, axis=1, keepdims=True), 1e-20)
+            probs = sum_by_slot(jnp.where(valid[:, None], share, 0.0), slots, gate, self.num_slots)
+            loss += weights.load_balancing * balance.load_balancing_loss_from_sums(
+                load, probs, num_rows, self.options.top_k
+            )
+        if weights.z:
+            loss += weights.z * balance.router_z_loss(routing.logits, valid)
+        return load, loss
+
+
+def _params(kind: str, rngs: nnx.Rngs, num: int, config: ModelConfig) -> dict[str, nnx.Param]:
+    leaves = get_kind(kind).init(rngs.params(), num, config.width, config.hidden, jnp.float32)
+    return {name: nnx.Param(leaf) for name, leaf in leaves.items()}
+
+
+def _has_leaves(kind: str) -> bool:
+    return get_kind(kind).parameters(1, 1) > 0
+
+
+def _row_probs(routing: Routing, rows: RowContext, unit: str) -> jax.Array:
+    if unit == "token":
+        return routing.probs
+    return routing.probs[jnp.maximum(rows.example, 0)]

@@ -1,0 +1,86 @@
+"""Pathways as data: which parts of the model a task uses. Frozen, JSON, no code.
+
+A pathway names a gate; the gate's document lists, per routed layer and kind, the experts its logits mean. Tasks that
+share a gate share that list, so a thousand tasks trained jointly store it once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+BASE = "base"
+"""Name of the norms and of the shared gate that joint training makes."""
+
+
+def private(task: str) -> str:
+    """Name of the norms and of the gate that belong to one task alone; no task can be named so."""
+    return f"own/{task}"
+
+
+def head_names(task: str) -> list[str]:
+    """Components of a task's head, by their whole names: those of `a/b` start with `heads/a/` too."""
+    return [f"heads/{task}/{leaf}" for leaf in ("kernel", "bias", "embedding")]
+
+
+def gate_names(gate: str, layers: Sequence[int]) -> list[str]:
+    """Components of a gate that are arrays, by their whole names.
+
+    Args:
+        layers: the numbers of the routed layers.
+    """
+    return [f"gates/{gate}/layer{i}/{leaf}" for i in layers for leaf in ("gate", "noise", "bias")]
+
+
+Experts = dict[str, tuple[int, ...]]
+"""Experts of one routed layer: kind -> indices in that layer's bank."""
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """The candidates of a gate, per routed layer; its logits stand in the order kinds, then indices."""
+
+    candidates: tuple[Experts, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Pathway:
+    """The part of the model one task uses.
+
+    Attributes:
+        task: its name; the head is the task's own.
+        streams: encoders its inputs need, of `tasks.batch.STREAMS`.
+        norms: name of the stack of norm scales.
+        gate: name of the gate.
+        origin: `joint` for tasks trained together, `added` for a task added later.
+        parents: tasks whose experts the search started from.
+        owned: per routed layer, the experts that were made for this task.
+    """
+
+    task: str
+    streams: tuple[str, ...]
+    norms: str = BASE
+    gate: str = BASE
+    origin: str = "joint"
+    parents: tuple[str, ...] = ()
+    owned: tuple[Experts, ...] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def pathway_from_json(document: dict[str, Any]) -> Pathway:
+    """The inverse of `Pathway.to_json`."""
+    return msgspec.convert(document, Pathway)
+
+
+def gate_from_json(document: dict[str, Any]) -> GateSpec:
+    """The inverse of `GateSpec.to_json`."""
+    return msgspec.convert(document, GateSpec)

@@ -1,0 +1,1 @@
+"""Training: the compiled step, the loop around it, checkpoints, joint training over many tasks."""

@@ -1,0 +1,71 @@
+"""The folder of a training run: resolved configuration, versions, logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from pathways.config import Config
+from tasks.errors import UserError
+
+CONFIG, VERSIONS = "config.toml", "versions.json"
+PACKAGES = ("pathways-moe", "jax", "jaxlib", "flax", "optax", "grain", "tensorstore", "tokenizers", "numpy")
+
+
+def prepare_folder(folder: Path, config: Config | None = None) -> None:
+    """Makes the run's folder and, given the configuration, writes it fully resolved to `config.toml`, and
+    `versions.json`.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config is not None:
+            (folder / CONFIG).write_text(tomli_w.dumps(resolved(config)), encoding="utf-8")
+            (folder / VERSIONS).write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+        elif not os.access(folder, os.W_OK):
+            raise PermissionError("no permission to write here")
+    except OSError as error:
+        raise UserError(
+            "The run's folder cannot be written.", where=str(folder), got=str(error), fix="choose another --out"
+        ) from None
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The configuration as plain tables, every default filled in, paths absolute: `load_config` reads it back."""
+    tables = _plain(dataclasses.asdict(config))
+    for table in tables["tasks"]:
+        for split in ("train", "valid", "test"):
+            if split in table:
+                table[split] = str(Path(table[split]).absolute())
+        if "where" in table:
+            column, value = table["where"]
+            table["where"] = {column: value}
+    return tables
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value if item is not None]
+    return value

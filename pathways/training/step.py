@@ -1,0 +1,222 @@
+"""The compiled training step.
+
+Axis letters: A batches accumulated in a step, N examples, B packed rows, S tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from pathways.config import BalanceOptions
+from pathways.network.network import Outputs, TaskTable
+from pathways.submodel import SubModel
+from routing import counters
+from routing.balance import update_balance_bias
+from tasks.losses import example_loss, token_loss
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and writes; donated.
+
+    `bad` counts steps in a row that were not finite, `bad_total` all of them; `counts` the routing since it was last
+    taken, one per routed layer, or empty.
+    """
+
+    params: Any
+    bias: Any
+    opt_state: Any
+    step: jax.Array
+    bad: jax.Array
+    bad_total: jax.Array
+    counts: tuple[counters.Counters, ...]
+
+
+class Metrics(NamedTuple):
+    """Of one step: scalars, `task_loss`/`task_rows` `[tasks]` (sums), `imbalance [layers]` (max over mean load).
+
+    `bad` and `bad_total` are those of the state after the step.
+    """
+
+    loss: jax.Array
+    balance_loss: jax.Array
+    grad_norm: jax.Array
+    finite: jax.Array
+    bad: jax.Array
+    bad_total: jax.Array
+    examples: jax.Array
+    task_loss: jax.Array
+    task_rows: jax.Array
+    imbalance: jax.Array
+
+
+Step = Callable[[TrainState, dict[str, Any]], tuple[TrainState, Metrics]]
+
+
+def per_example_loss(out: Outputs, batch: dict[str, Any], table: TaskTable) -> tuple[jax.Array, jax.Array]:
+    """Loss `[N]` of each example and whether it has one `[N]`; a tagged example's is the mean of its tokens'."""
+    task = jnp.maximum(batch["task"], 0)
+    present = batch["task"] >= 0
+    example = batch["segment"] - 1
+    num = task.shape[0]
+    loss, known = jnp.zeros((num,)), jnp.zeros((num,), bool)
+    if out.logits.shape[1]:
+        width = out.logits.shape[1]
+        loss = example_loss(out.logits, batch["y"][:, :width], batch["y_mask"][:, :width], table.loss[task])
+        known = present & ~table.token_level[task] & (jnp.sum(batch["y_mask"], axis=1) > 0)
+    if out.token_logits is not None:
+        of_token = jnp.maximum(example, 0)
+        level = table.token_level[task][of_token] & (example >= 0)
+        tag = jnp.where(level, batch["tag"], -1)
+        token = token_loss(out.token_logits, tag, table.outputs[task][of_token])
+        index = jnp.where(tag >= 0, of_token, num).ravel()
+        total = jax.ops.segment_sum(token.ravel(), index, num + 1)[:num]
+        count = jax.ops.segment_sum(jnp.ones_like(index, jnp.float32), index, num + 1)[:num]
+        tagged = table.token_level[task] & (count > 0)
+        loss = jnp.where(tagged, total / jnp.maximum(count, 1.0), loss)
+        known = known | (tagged & present)
+    return jnp.where(known, loss, 0.0), known
+
+
+def make_step(
+    sub: SubModel,
+    optimizer: optax.GradientTransformation,
+    balance: BalanceOptions,
+    *,
+    seed: int,
+    statistics: bool,
+    trainable: Callable[[tuple[Any, ...]], bool] | None = None,
+) -> Step:
+    """Compiles a step for batches whose every array has a leading axis A.
+
+    The gradient is the mean over the A batches of each one's gradient; a batch's loss is the mean over its examples
+    plus its balance losses. The balance bias moves once a step, by the load of all A batches. A step whose loss or
+    gradient is not finite leaves parameters, optimizer, bias and counts as they were.
+
+    Args:
+        trainable: which leaves get gradients, by path; the others are constants of the step, so nothing is spent on
+            them. All by default.
+    """
+    graph, table = sub.graph, sub.table
+
+    def loss_of(trained: Any, frozen: Any, bias: Any, batch: dict[str, Any], key: jax.Array):
+        params = trained if frozen is None else nnx.merge_state(trained, frozen)
+        out: Outputs = nnx.merge(graph, params, bias)(batch, table, balance, key=key, statistics=statistics)
+        loss, known = per_example_loss(out, batch, table)
+        extra = sum((layer.loss for layer in out.layers), jnp.zeros(()))
+        mean = jnp.sum(loss) / jnp.maximum(jnp.sum(known.astype(jnp.float32)), 1.0)
+        return mean + extra, (loss, known, extra, out.layers)
+
+    grad_of = jax.value_and_grad(loss_of, has_aux=True)
+
+    def micro(carry: Any, batch: dict[str, Any]):
+        trained, frozen, bias, grads, key, counts = carry
+        key, here = jax.random.split(key)
+        (total, (loss, known, extra, layers)), new = grad_of(trained, frozen, bias, batch, here)
+        task = jnp.where(batch["task"] >= 0, batch["task"], table.loss.shape[0])
+        rows = table.loss.shape[0]
+        sums = (
+            jax.ops.segment_sum(loss, task, rows + 1)[:rows],
+            jax.ops.segment_sum(known.astype(jnp.float32), task, rows + 1)[:rows],
+        )
+        if statistics:
+            counts = tuple(counters.add(a, layer.counters) for a, layer in zip(counts, layers, strict=True))
+        load = tuple(layer.load for layer in layers)
+        grads = new if grads is None else jax.tree.map(jnp.add, grads, new)
+        return (trained, frozen, bias, grads, key, counts), (total, extra, *sums, load)
+
+    def step(state: TrainState, batches: dict[str, Any]) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        trained, frozen = _split(state.params, trainable)
+        num = batches["segment"].shape[0]
+        if num == 1:
+            start = (trained, frozen, state.bias, None, key, state.counts)
+            carry, out = micro(start, jax.tree.map(lambda leaf: leaf[0], batches))
+            out = jax.tree.map(lambda leaf: leaf[None], out)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, trained)
+            carry, out = jax.lax.scan(micro, (trained, frozen, state.bias, zeros, key, state.counts), batches)
+        grads, counts = carry[3], carry[5]
+        grads = jax.tree.map(lambda g: g / num, grads)
+        totals, extras, losses, rows, loads = out
+        load = [jnp.sum(layer, axis=0) for layer in loads]
+        bias = _new_bias(state.bias, load, table.slots, balance.bias_rate)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(totals))
+
+        def apply(_: None):
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            return optax.apply_updates(trained, updates), opt_state, bias, counts
+
+        def skip(_: None):
+            return trained, state.opt_state, state.bias, state.counts
+
+        trained, opt_state, bias, counts = jax.lax.cond(finite, apply, skip, None)
+        bad = jnp.where(finite, 0, state.bad + 1)
+        params = trained if frozen is None else nnx.merge_state(trained, frozen)
+        total_bad = state.bad_total + jnp.where(finite, 0, 1)
+        new = TrainState(params, bias, opt_state, state.step + 1, bad, total_bad, counts)
+        imbalance = jnp.stack([jnp.max(x) / jnp.maximum(jnp.mean(x), 1e-9) for x in load]) if load else jnp.ones((1,))
+        task_rows = jnp.sum(rows, axis=0)
+        metrics = Metrics(
+            jnp.mean(totals - extras),
+            jnp.mean(extras),
+            norm,
+            finite,
+            bad,
+            total_bad,
+            jnp.sum(task_rows),
+            jnp.sum(losses, axis=0),
+            task_rows,
+            imbalance,
+        )
+        return new, metrics
+
+    return jax.jit(step, donate_argnums=(0,))
+
+
+def initial_state(
+    sub: SubModel,
+    optimizer: optax.GradientTransformation,
+    *,
+    statistics: bool,
+    trainable: Callable[[tuple[Any, ...]], bool] | None = None,
+) -> TrainState:
+    """The state before the first step. The sub-model's arrays are copied, so donation leaves them intact."""
+    params = sub.params
+    trained, _ = _split(params, trainable)
+    counts = ()
+    if statistics:
+        counts = tuple(
+            counters.zeros(sub.layout.size.tasks, sum(num for _, num in layer)) for layer in sub.layout.size.experts
+        )
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(params, sub.bias, jax.jit(optimizer.init)(trained), zero, zero, zero, counts)
+    # Every donated buffer must be its own.
+    return jax.tree.map(jnp.copy, state)
+
+
+def _split(params: Any, trainable: Callable[[tuple[Any, ...]], bool] | None) -> tuple[Any, Any]:
+    if trainable is None:
+        return params, None
+    trained, frozen = nnx.split_state(params, lambda path, _: trainable(path), ...)
+    return trained, frozen
+
+
+def _new_bias(bias: Any, loads: Sequence[jax.Array], slots: Sequence[jax.Array], rate: float) -> Any:
+    """The balance biases, moved towards an even load: of each routed layer, or stacked where layers are scanned."""
+    leaves, treedef = jax.tree.flatten(bias)
+    if not leaves:
+        return bias
+    moves = []
+    for load, table in zip(loads, slots, strict=True):
+        per_slot = update_balance_bias(jnp.zeros_like(load), load, rate)
+        moves.append(jnp.append(per_slot, jnp.zeros((1,)))[table])
+    if leaves[0].ndim > moves[0].ndim:
+        moves = [jnp.stack(moves)]
+    return jax.tree.unflatten(treedef, [old + move for old, move in zip(leaves, moves, strict=True)])

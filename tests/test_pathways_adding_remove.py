@@ -1,0 +1,176 @@
+"""Taking tasks away and going back, on a model with tasks made by hand: no training."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pathways import describe
+from pathways.adding import commit, protect, remove, remove_task, search, start, undo
+from pathways.adding.commit import Trained
+from pathways.counting import expert_names
+from pathways.model import Model, row_chunked
+from pathways.report import Card
+from pathways.statistics.counts import ExpertName
+from pathways.store import Changes
+from pathways.submodel import SubModel
+from tasks.errors import UserError
+
+OLD = ("wine", "mood", "words", "price")
+
+
+def put_in(path: Path, name: str, new_experts: int = 2, streams: tuple[str, ...] = ("table",)) -> SubModel:
+    """Adds a task as `add_task` does, untrained: `wine` again under another name, or told to read other streams."""
+    model = Model.open(path)
+    fitted = model.entry("wine").fitted
+    fitted = replace(fitted, task=replace(fitted.task, name=name))
+    borrowed = start.reference_submodel(model, fitted, streams, search.reference(model), 0)
+    ranked = tuple((("mlp", 1), ("mlp", 3)) for _ in range(2))
+    choice = search.Choice(tuple({"mlp": (1, 3)} for _ in range(2)), ranked, ("wine",), (1.0,), (), (0.0,) * 32)
+    made = start.prepare(model, borrowed, choice, new_experts, 0)
+    whole, rows = commit.take_apart(made, made.sub)
+    card = Card(name, "accuracy", 0.5, {}, 1.0, 1, 1)
+    probe = protect.make_probe(made.sub, {name: []})
+    digests = commit.fingerprint(model.view, made.borrowed)
+    ready = Trained(made.entry, made.gate, made.fresh, whole, rows, digests, card, probe)
+    commit.commit(path, ready, made.borrowed, 0)
+    return made.sub
+
+
+@pytest.fixture
+def path(tiny_model: Model, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model.path, tmp_path / "model"))
+
+
+def test_an_added_task_reads_back_as_it_was_put_in(path: Path) -> None:
+    sub = put_in(path, "more")
+    found = Model.open(path).submodel("more")
+    for where, leaf in sub.flat().items():
+        assert np.array_equal(np.asarray(leaf), np.asarray(found.flat()[where])), where
+    assert found.layout.experts[0]["mlp"].tolist() == [1, 3, 4, 5]
+
+
+def test_no_new_experts_leave_the_banks_alone(path: Path) -> None:
+    before = Model.open(path).view.digests("banks/")
+    put_in(path, "more", new_experts=0)
+    model = Model.open(path)
+    assert model.view.digests("banks/") == before
+    assert model.bank_sizes == [{"mlp": 4}, {"mlp": 4}]
+
+
+def test_an_encoder_that_the_model_lacks_is_made_and_stays_when_its_task_goes(path: Path) -> None:
+    put_in(path, "seen", new_experts=0, streams=("image",))
+    model = Model.open(path)
+    assert model.view.read("encoders/image/conv1").any()
+    assert model.submodel("seen").layout.size.streams == ("image",)
+    assert start.missing_encoders(model, ("image", "audio", "table")) == ("audio",)
+    remove_task(path, "seen")
+    assert Model.open(path).view.has("encoders/image/conv1")
+
+
+def test_removing_takes_what_is_private_and_frees_the_experts(path: Path) -> None:
+    put_in(path, "more")
+    put_in(path, "more/yet", new_experts=1)
+    # D = F = 32, of 5 norms: a head of 3 classes, a gate of 2 + 2 columns and 2 experts in each of 2 layers.
+    sizes = describe.Sizes(Model.open(path))
+    charged = 3 * 32 + 3 + 5 * 32 + 2 * (32 * 4 + 2 * (2 * 32 * 32 + 64))
+    assert sizes.private(Model.open(path).entry("more")) == charged
+    before = Model.open(path).view.digests()
+    remove_task(path, "more")
+    model = Model.open(path)
+    after = model.view.digests()
+    assert model.tasks == (*OLD, "more/yet")
+    gone = set(before) - set(after)
+    assert gone == {
+        *("tasks/more", "cards/more", "heads/more/kernel", "heads/more/bias", "norms/own/more", "probes/own/more"),
+        *("gates/own/more/candidates", "gates/own/more/layer0/gate", "gates/own/more/layer1/gate"),
+    }
+    assert model.manifest["free"] == [{"mlp": [4, 5]}, {"mlp": [4, 5]}]
+    assert model.bank_sizes == [{"mlp": 7}, {"mlp": 7}]
+    assert expert_names(model)[0] == [ExpertName("mlp", i) for i in (0, 1, 2, 3, 6)]
+    for bank in model.view.names("banks/"):
+        assert not model.view.read(bank, [4, 5]).any()
+    changed = {name for name in after if after[name] != before[name]}
+    # The experts were never trained: all but `w_in` were zero before.
+    assert changed == {"manifest", "banks/layer0/mlp/w_in", "banks/layer1/mlp/w_in"}
+
+
+def test_freed_places_are_filled_first(path: Path) -> None:
+    put_in(path, "more")
+    remove_task(path, "more")
+    put_in(path, "other", new_experts=3)
+    model = Model.open(path)
+    assert model.entry("other").pathway.owned == ({"mlp": (4, 5, 6)}, {"mlp": (4, 5, 6)})
+    assert model.bank_sizes == [{"mlp": 7}, {"mlp": 7}]
+    assert model.manifest["free"] == [{}, {}]
+
+
+def test_an_owned_expert_that_another_task_uses_stays(path: Path) -> None:
+    put_in(path, "more")
+    store = Model.open(path).view
+    assert isinstance(store, remove.Store)
+    writer = remove.Store.open(store.path, mode="w")
+    gate = Model(path, writer).gate("base").to_json()
+    gate["candidates"][0]["mlp"] = [*gate["candidates"][0]["mlp"], 4]
+    wider = np.concatenate([writer.read("gates/base/layer0/gate"), np.zeros((32, 1), np.float32)], axis=1)
+    changes = Changes(documents={"gates/base/candidates": gate}, put={"gates/base/layer0/gate": wider})
+    writer.commit(changes, "wider", row_chunked=row_chunked)
+    remove_task(path, "more")
+    model = Model.open(path)
+    assert model.manifest["free"] == [{"mlp": [5]}, {"mlp": [4, 5]}]
+    assert model.view.read("banks/layer0/mlp/w_in", [4]).any()
+
+
+def test_a_joint_task_and_then_all_of_them_can_go(path: Path) -> None:
+    before = Model.open(path).view.digests()
+    for name in OLD:
+        remove_task(path, name)
+    model = Model.open(path)
+    assert model.tasks == ()
+    shared = {n: d for n, d in before.items() if n.startswith(("banks/", "trunk/", "norms/", "gates/", "encoders/"))}
+    after = model.view.digests()
+    assert {name: after[name] for name in shared} == shared
+    assert not model.view.names("tasks/")
+    assert not model.view.names("heads/")
+    assert search.reference(model) == ("base", "base")
+
+
+def test_undo_brings_back_every_byte(path: Path) -> None:
+    before = Model.open(path)
+    remove_task(path, "price")
+    version = undo(path)
+    after = Model.open(path)
+    assert after.version == version.number
+    assert after.version == (before.version or 0) + 2
+    assert after.view.digests() == before.view.digests()
+    assert undo(path, to=before.version).number == version.number + 1
+
+
+def test_there_is_no_way_back_to_before_the_model(path: Path) -> None:
+    version = Model.open(path).version
+    assert version == 2
+    for to in (None, 1):
+        with pytest.raises(UserError, match="no model to go back to"):
+            undo(path, to=to)
+    assert Model.open(path).version == version
+
+
+def test_an_unknown_task_suggests_the_nearest(path: Path) -> None:
+    version = Model.open(path).version
+    with pytest.raises(UserError, match="did you mean 'price'"):
+        remove_task(path, "prize")
+    assert Model.open(path).version == version
+
+
+def test_removing_that_would_touch_another_task_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remove, "freed_experts", lambda model, name: ({"mlp": (0,)}, {}))
+    honest = remove.private_names
+    monkeypatch.setattr(remove, "private_names", lambda model, name: [*honest(model, name), "encoders/table/missing"])
+    version = Model.open(path).version
+    with pytest.raises(UserError, match="logits of .* would be others|does not exist|no such name|would be"):
+        remove_task(path, "price")
+    assert Model.open(path).version == version
