@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.baselines import BASELINES, baseline
+from pathways.allocator import reuse_memory
 from pathways.config import Config, load_config
 from pathways.evaluation import evaluate
 from pathways.model import Model
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
+    reuse_memory()
     config = load_config(options.config)
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.table:

@@ -126,6 +126,7 @@ def _version_before(folder: Path) -> int:
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart")
     started = time.monotonic()
+    pw.reuse_memory()
     train(folder)
     add(folder)
     ask(folder)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathways.adding import add_task, remove_task, undo
+    from pathways.allocator import reuse_memory
     from pathways.config import BalanceOptions, Config, GateOptions, ModelConfig, TrainConfig, load_config
     from pathways.evaluation import Evaluation, evaluate
     from pathways.inference import predict, predict_many
@@ -61,6 +62,7 @@ __all__ = [
     "predict_file",
     "predict_many",
     "remove_task",
+    "reuse_memory",
     "stats",
     "train",
     "undo",
@@ -92,6 +94,7 @@ _HOME = {
     "predict_file": "pathways.inference_files",
     "predict_many": "pathways.inference",
     "remove_task": "pathways.adding",
+    "reuse_memory": "pathways.allocator",
     "train": "pathways.training.joint",
     "undo": "pathways.adding",
 }

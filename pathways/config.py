@@ -49,6 +49,7 @@ class ModelConfig:
         width: D, the width of a row.
         layers: transformer layers.
         heads: attention heads; must divide `width`.
+        neighbours: tokens on either side that a token takes in before attention, scaled per channel; 0 for none.
         hidden: F, the hidden width of one expert (and of a dense feed-forward layer, times `top_k`).
         experts: experts per bank of a routed layer, by kind, e.g. `{mlp = 32, identity = 1}`.
         shared_experts: experts of the first kind that every row visits besides those it chooses.
@@ -62,6 +63,7 @@ class ModelConfig:
     width: int = 128
     layers: int = 4
     heads: int = 4
+    neighbours: int = 2
     hidden: int = 256
     experts: dict[str, int] = field(default_factory=lambda: {"mlp": 16})
     shared_experts: int = 0
@@ -187,7 +189,7 @@ LEAST = {
     **dict.fromkeys(("train.steps", "train.rows", "train.accumulate", "train.log_every", "train.temperature"), 1),
     **dict.fromkeys(("train.statistics_every", "train.max_bad_steps"), 1),
     **dict.fromkeys(("train.eval_every", "train.eval_rows", "train.patience", "train.checkpoint_every"), 0),
-    **dict.fromkeys(("model.shared_experts", "train.seed", "train.weight_decay"), 0),
+    **dict.fromkeys(("model.neighbours", "model.shared_experts", "train.seed", "train.weight_decay"), 0),
     **dict.fromkeys(("balance.importance", "balance.load", "balance.load_balancing", "balance.z"), 0),
     "balance.bias_rate": 0,
 }

@@ -16,7 +16,7 @@ from tolerance import assert_close
 
 from pathways.assemble import by_layer, components
 from pathways.config import BalanceOptions, GateOptions
-from pathways.network.layers import Attention, dropout, segment_mean
+from pathways.network.layers import Attention, add_neighbours, dropout, segment_mean
 from pathways.predictions import predict_examples, run_shape
 from pathways.submodel import abstract_network, fitting
 from pathways.training.joint import examples_of
@@ -147,13 +147,22 @@ def test_no_example_sees_its_neighbours_or_its_place(made):
 
 
 def test_attention_has_no_gradient_across_segments():
-    attention = Attention(8, 2, nnx.Rngs(0))
+    attention = Attention(8, 2, 2, nnx.Rngs(0))
+    attention.neighbours[...] = jnp.ones((4, 8))
     x = jax.random.normal(jax.random.key(0), (1, 6, 8))
     segment = jnp.array([[1, 1, 2, 2, 2, 0]])
     jacobian = jax.jacobian(lambda x: attention(x, segment)[0])(x)[:, :, 0]
     reach = np.abs(np.asarray(jacobian)).max(axis=(1, 3)) > 0
     expected = np.equal.outer(segment[0], segment[0])
     np.testing.assert_array_equal(reach, expected)
+
+
+def test_neighbours_by_hand():
+    x = jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0]])[..., None]
+    segment = jnp.array([[1, 1, 1, 2, 2]])
+    scale = jnp.array([[0.5], [10.0], [100.0]])  # of the one two before, the one before, the one after
+    mixed = add_neighbours(x, segment, scale, (-2, -1, 1))[0, :, 0]
+    assert mixed.tolist() == [1 + 200, 2 + 10 + 400, 4 + 20 + 0.5, 8 + 1600, 16 + 80]
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from pathways.allocator import reuse_memory
 from tasks.errors import UserError
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before jax is imported: what XLA and its helpers log is of no use to a user.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if argv is None:  # a program of its own, not a call from one
+        reuse_memory()
     try:
         return _run(words)
     except UserError as error:

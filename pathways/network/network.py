@@ -88,7 +88,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, size: NetworkSize, routed_index: int | None, rngs: nnx.Rngs) -> None:
         self.attention_norm = RMSNorm(size.pathways, config.width)
-        self.attention = Attention(config.width, config.heads, rngs)
+        self.attention = Attention(config.width, config.heads, config.neighbours, rngs)
         self.norm = RMSNorm(size.pathways, config.width)
         if routed_index is None:
             self.dense = DenseFeedForward(config.width, config.hidden * config.gate.top_k, rngs)
