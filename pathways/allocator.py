@@ -1,8 +1,8 @@
 """The C library's allocator, told to keep what it has.
 
 XLA's CPU backend allocates its temporary buffers afresh in every step. By default glibc maps large ones from the system
-and gives them back when they are freed, so each step pays for its page faults again: a step of the shared-data model took
-0.21 s by default and 0.14 s with the settings below (docs/benchmarks.md).
+and gives them back when they are freed, so each step pays for its page faults again: a step of the shared-data model
+took 0.21 s by default and 0.14 s with the settings below (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -34,4 +34,5 @@ def reuse_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    return all([library.mallopt(parameter, value) for parameter, value in _SETTINGS])
+    taken = [library.mallopt(parameter, value) == 1 for parameter, value in _SETTINGS]
+    return all(taken)
