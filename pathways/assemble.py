@@ -16,7 +16,7 @@ import numpy as np
 
 from pathways.config import ModelConfig
 from pathways.network.network import NetworkSize
-from pathways.pathway import GateSpec, Pathway
+from pathways.pathway import EncoderCopy, GateSpec, Pathway
 from tasks.batch import STREAMS
 from tasks.fitted import FittedTask
 
@@ -35,6 +35,8 @@ class Layout:
         slots: per routed layer `[G, M]` int32.
         head_first, head_rows, token_level: per task.
         pathway, gate: per task, its row in the stacks of norms and of gates.
+        encoders: name of the encoders.
+        copied: what of them stands apart under that name.
     """
 
     size: NetworkSize
@@ -49,11 +51,16 @@ class Layout:
     token_level: np.ndarray
     pathway: np.ndarray
     gate: np.ndarray
+    encoders: str
+    copied: EncoderCopy
 
 
 @dataclass(frozen=True)
 class Part:
-    """`array[at]` of the network is the component `name`, or its `rows` where those are given."""
+    """`array[at]` of the network is the component `name`, or its `rows` where those are given.
+
+    Of two parts of an array, the later lies over the earlier.
+    """
 
     name: str
     at: tuple[Any, ...] = ()
@@ -66,8 +73,19 @@ def plan_network(
     pathways: Sequence[Pathway],
     gates: Mapping[str, GateSpec],
     fitted: Sequence[FittedTask],
+    copied: EncoderCopy | None = None,
 ) -> Layout:
-    """Lays out a network for these tasks: the union of their experts, the slots of each gate, the heads in a row."""
+    """Lays out a network for these tasks: the union of their experts, the slots of each gate, the heads in a row.
+
+    Args:
+        copied: what the tasks have of the encoders as a copy of their own.
+
+    Raises:
+        ValueError: tasks whose encoders differ, which cannot stand in one network.
+    """
+    encoders = {p.encoders for p in pathways}
+    if len(encoders) > 1:
+        raise ValueError(f"one network has one set of encoders, got {sorted(encoders)}")
     norm_names = tuple(dict.fromkeys(p.norms for p in pathways))
     gate_names = tuple(dict.fromkeys(p.gate for p in pathways))
     experts, slots, sizes = [], [], []
@@ -114,6 +132,8 @@ def plan_network(
         token_level,
         np.array([norm_names.index(p.norms) for p in pathways], np.int32),
         np.array([gate_names.index(p.gate) for p in pathways], np.int32),
+        encoders.pop(),
+        copied or {},
     )
 
 
@@ -136,7 +156,7 @@ def parts(path: Path, layout: Layout, config: ModelConfig) -> list[Part]:
     """The components that one array of a network is made of. `path` starts with `layers, i` for arrays of a layer."""
     match path:
         case ("encoders", stream, leaf):
-            return [Part(f"encoders/{stream}/{leaf}")]
+            return _encoder_parts(layout, f"{stream}/{leaf}")
         case ("layers", i, ("attention" | "dense") as part, leaf):
             return [Part(f"trunk/layer{i}/{part}/{leaf}")]
         case ("layers", i, "routed", "shared", leaf):
@@ -157,6 +177,14 @@ def parts(path: Path, layout: Layout, config: ModelConfig) -> list[Part]:
         case ("task_embedding",):
             return [Part(f"heads/{task}/embedding", (n,)) for n, task in enumerate(layout.tasks)]
     raise KeyError(f"no component holds the array {'/'.join(map(str, path))}")
+
+
+def _encoder_parts(layout: Layout, leaf: str) -> list[Part]:
+    shared, own = Part(f"encoders/{leaf}"), f"encoders/{layout.encoders}/{leaf}"
+    if leaf not in layout.copied:
+        return [shared]
+    rows = layout.copied[leaf]
+    return [Part(own)] if rows is None else [shared, Part(own, (np.asarray(rows, np.int64),))]
 
 
 def _head_parts(layout: Layout, token_level: bool, leaf: str) -> Iterator[Part]:
@@ -188,7 +216,7 @@ def read_arrays(
     for (path, part), value in zip(wanted, values, strict=True):
         leaf = abstract[path]
         if part.at == ():
-            arrays[path] = np.asarray(value, leaf.dtype)
+            arrays[path] = np.array(value, leaf.dtype)
         else:
             arrays.setdefault(path, np.zeros(leaf.shape, leaf.dtype))
         expected = arrays[path][part.at].shape if part.at else leaf.shape

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pathways import report
 from pathways.model import STORE, Model, beside
-from pathways.pathway import gate_names, head_names, private
+from pathways.pathway import encoder_names, gate_names, head_names, private
 from pathways.store import Store
 from pathways.store.compact import stored_bytes
 from tasks.metrics import metric_names
@@ -61,9 +61,11 @@ class Sizes:
         return found
 
     def private(self, entry: TaskEntry) -> int:
-        """Parameters that are the task's alone: its head, its own norms and gate, the experts made for it."""
+        """Parameters that are the task's alone: head, own norms, gate and encoder rows, the experts made for it."""
         own = private(entry.name)
         count = self.named(*head_names(entry.name), *gate_names(own, self.model.routed_layers), f"norms/{own}")
+        encoders = entry.pathway.encoders
+        count += self.named(*encoder_names(encoders, self.model.copied(encoders)))
         for layer, owned in zip(self.model.routed_layers, entry.pathway.owned, strict=False):
             count += sum(self.expert.get((layer, kind), 0) * len(index) for kind, index in owned.items())
         return count

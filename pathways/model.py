@@ -20,7 +20,7 @@ import numpy as np
 
 from pathways.assemble import Layout, Part, plan_network
 from pathways.config import SECTIONS, Config
-from pathways.pathway import GateSpec, gate_from_json, pathway_from_json
+from pathways.pathway import BASE, EncoderCopy, GateSpec, encoder_copy_from_json, gate_from_json, pathway_from_json
 from pathways.store import Changes, Store
 from pathways.store.view import View
 from pathways.submodel import SubModel, TaskEntry, read_submodel
@@ -133,6 +133,10 @@ class Model:
             self._gates[name] = gate_from_json(self.view.document(f"gates/{name}/candidates"))
         return self._gates[name]
 
+    def copied(self, encoders: str) -> EncoderCopy:
+        """What of the encoders of this name is a copy of its own."""
+        return {} if encoders == BASE else encoder_copy_from_json(self.view.document(f"encoders/{encoders}/copied"))
+
     def submodel(self, tasks: str | Iterable[str]) -> SubModel:
         """A small network with the components of these tasks only; the last few are kept for the next call."""
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
@@ -159,13 +163,19 @@ class Model:
 
         return evaluate(self, [tasks] if isinstance(tasks, str) else tasks, split, **options)
 
-    def layout(self, entries: Sequence[TaskEntry], gates: Mapping[str, GateSpec] | None = None) -> Layout:
-        """What a network for these tasks holds. `gates` adds gates that are not in the model yet."""
+    def layout(
+        self,
+        entries: Sequence[TaskEntry],
+        gates: Mapping[str, GateSpec] | None = None,
+        copied: EncoderCopy | None = None,
+    ) -> Layout:
+        """What a network for these tasks holds. `gates` and `copied` are of tasks that are not in the model yet."""
         pathways = [entry.pathway for entry in entries]
         known = dict(gates or {})
         specs = {p.gate: known.get(p.gate) or self.gate(p.gate) for p in pathways}
         vocab = self.config.encoders.vocab_size
-        return plan_network(self.config.model, vocab, pathways, specs, [entry.fitted for entry in entries])
+        copied = self.copied(pathways[0].encoders) if copied is None else copied
+        return plan_network(self.config.model, vocab, pathways, specs, [entry.fitted for entry in entries], copied)
 
     def read(self, parts: list[Part]) -> list[np.ndarray]:
         """Values of components, fetched together."""

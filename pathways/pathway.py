@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 
 BASE = "base"
-"""Name of the norms and of the shared gate that joint training makes."""
+"""Name of the norms, of the shared gate and of the encoders that joint training makes."""
 
 
 def private(task: str) -> str:
-    """Name of the norms and of the gate that belong to one task alone; no task can be named so."""
+    """Name of the norms, the gate and the encoders that belong to one task alone; no task can be named so."""
     return f"own/{task}"
 
 
@@ -34,6 +34,15 @@ def gate_names(gate: str, layers: Sequence[int]) -> list[str]:
         layers: the numbers of the routed layers.
     """
     return [f"gates/{gate}/layer{i}/{leaf}" for i in layers for leaf in ("gate", "noise", "bias")]
+
+
+EncoderCopy = dict[str, tuple[int, ...] | None]
+"""What a task has of the encoders as a copy of its own: `stream/leaf` -> the rows of a lookup table, None for all."""
+
+
+def encoder_names(encoders: str, copied: EncoderCopy) -> list[str]:
+    """Components of a task's own copy of the encoders, with the document that says what was copied."""
+    return [f"encoders/{encoders}/copied", *(f"encoders/{encoders}/{leaf}" for leaf in copied)]
 
 
 Experts = dict[str, tuple[int, ...]]
@@ -59,6 +68,7 @@ class Pathway:
         streams: encoders its inputs need, of `tasks.batch.STREAMS`.
         norms: name of the stack of norm scales.
         gate: name of the gate.
+        encoders: name of the encoders; those of one task are the shared ones with some parts copied.
         origin: `joint` for tasks trained together, `added` for a task added later.
         parents: tasks whose experts the search started from.
         owned: per routed layer, the experts that were made for this task.
@@ -68,6 +78,7 @@ class Pathway:
     streams: tuple[str, ...]
     norms: str = BASE
     gate: str = BASE
+    encoders: str = BASE
     origin: str = "joint"
     parents: tuple[str, ...] = ()
     owned: tuple[Experts, ...] = field(default_factory=tuple)
@@ -84,3 +95,8 @@ def pathway_from_json(document: dict[str, Any]) -> Pathway:
 def gate_from_json(document: dict[str, Any]) -> GateSpec:
     """The inverse of `GateSpec.to_json`."""
     return msgspec.convert(document, GateSpec)
+
+
+def encoder_copy_from_json(document: dict[str, Any]) -> EncoderCopy:
+    """A document `encoders/<name>/copied`, which is an `EncoderCopy` as it is."""
+    return msgspec.convert(document, EncoderCopy)

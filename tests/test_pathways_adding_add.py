@@ -70,8 +70,10 @@ def test_the_card_says_what_it_came_to_and_is_stored(added: tuple[Path, Card, Ta
 
 def test_new_parameters_are_counted_by_hand(added: tuple[Path, Card, Task]) -> None:
     # D = 32, F = 32, 2 layers: norms 5 x 32; per layer a gate of 32 x (3 + 2) and 2 experts of 2 x 32 x 32 + 32 + 32;
-    # a head of 2 x 32 + 2.
+    # a head of 2 x 32 + 2. Of the table encoder: column and gain of 2 columns, 1 row of categories (the one that
+    # numbers point to), and what is not a table: missing, frequency, 33 x 32 + 32, 32 x 32.
     expected = 5 * 32 + 2 * (32 * 5 + 2 * (2 * 32 * 32 + 64)) + 2 * 32 + 2
+    expected += (2 + 2 + 1) * 32 + 32 + 16 + 33 * 32 + 32 + 32 * 32
     assert added[1].new_parameters == added[1].trainable_parameters == expected
 
 
@@ -161,13 +163,14 @@ def test_only_what_is_the_tasks_own_moves_in_training(tiny_model: Model, tmp_pat
     ]
     borrowed = start.reference_submodel(tiny_model, fitted, streams_of(fitted), ("base", "base"), 0)
     choice = search.choose(tiny_model, borrowed, splits[0], per_layer=2, seed=0)
-    made = start.prepare(tiny_model, borrowed, choice, 2, 0)
+    copied = start.touched(tiny_model, splits[0])
+    made = start.prepare(tiny_model, borrowed, choice, 2, 0, copied)
     before = {path: np.array(leaf) for path, leaf in made.sub.flat().items()}
     recipe = fit.make_recipe(tiny_model.config, splits[0], 8, 0.01, 0)
     monitor = adding.Monitor(tmp_path / "log", 8, quiet=True)
     with monitor:
         sub, _ = fit.fit(
-            made.sub, splits[0], splits[1], recipe, monitor, own=fit.own_leaves(made), masks=fit.fresh_masks(made)
+            made.sub, splits[0], splits[1], recipe, monitor, own=fit.own_leaves(made), masks=fit.row_masks(made)
         )
     for path, leaf in sub.flat().items():
         moved, leaf = not np.array_equal(before[path], leaf), np.asarray(leaf)
@@ -175,6 +178,15 @@ def test_only_what_is_the_tasks_own_moves_in_training(tiny_model: Model, tmp_pat
             # The four of each compact bank: two borrowed first, as fresh ones are at the end of the model's bank.
             assert np.array_equal(before[path][:2].view(np.int32), leaf[:2].view(np.int32)), path
             assert not np.array_equal(before[path][2:], leaf[2:]), path
+        elif path[0] == "encoders" and path[2] in ("column", "gain", "category"):
+            rows = copied["/".join(path[1:])]
+            assert rows is not None
+            assert 0 < len(rows) < len(leaf) / 2
+            others = np.delete(np.arange(len(leaf)), rows)
+            assert np.array_equal(before[path][others], leaf[others]), path
+            assert not np.array_equal(before[path][list(rows)], leaf[list(rows)]) or path[2] == "category", path
+        elif path[0] == "encoders":
+            assert moved or path[2] == "missing", path  # no cell of these rows is missing
         else:
             assert moved == (path[-1] in ("scale", "gate") or path[0] == "heads"), path
 

@@ -14,16 +14,26 @@ from pathways.adding import commit, protect, remove, remove_task, search, start,
 from pathways.adding.commit import Trained
 from pathways.counting import expert_names
 from pathways.model import Model, row_chunked
+from pathways.pathway import EncoderCopy
 from pathways.report import Card
 from pathways.statistics.counts import ExpertName
-from pathways.store import Changes
+from pathways.store import Changes, Store
 from pathways.submodel import SubModel
 from tasks.errors import UserError
 
 OLD = ("wine", "mood", "words", "price")
 
 
-def put_in(path: Path, name: str, new_experts: int = 2, streams: tuple[str, ...] = ("table",)) -> SubModel:
+COPIED = {"table/column": (1, 5), "table/missing": None}
+
+
+def put_in(
+    path: Path,
+    name: str,
+    new_experts: int = 2,
+    streams: tuple[str, ...] = ("table",),
+    copied: EncoderCopy | None = None,
+) -> SubModel:
     """Adds a task as `add_task` does, untrained: `wine` again under another name, or told to read other streams."""
     model = Model.open(path)
     fitted = model.entry("wine").fitted
@@ -31,12 +41,12 @@ def put_in(path: Path, name: str, new_experts: int = 2, streams: tuple[str, ...]
     borrowed = start.reference_submodel(model, fitted, streams, search.reference(model), 0)
     ranked = tuple((("mlp", 1), ("mlp", 3)) for _ in range(2))
     choice = search.Choice(tuple({"mlp": (1, 3)} for _ in range(2)), ranked, ("wine",), (1.0,), (), (0.0,) * 32)
-    made = start.prepare(model, borrowed, choice, new_experts, 0)
+    made = start.prepare(model, borrowed, choice, new_experts, 0, copied)
     whole, rows = commit.take_apart(made, made.sub)
     card = Card(name, "accuracy", 0.5, {}, 1.0, 1, 1)
     probe = protect.make_probe(made.sub, {name: []})
     digests = commit.fingerprint(model.view, made.borrowed)
-    ready = Trained(made.entry, made.gate, made.fresh, whole, rows, digests, card, probe)
+    ready = Trained(made.entry, made.gate, made.fresh, made.copied, whole, rows, digests, card, probe)
     commit.commit(path, ready, made.borrowed, 0)
     return made.sub
 
@@ -52,6 +62,35 @@ def test_an_added_task_reads_back_as_it_was_put_in(path: Path) -> None:
     for where, leaf in sub.flat().items():
         assert np.array_equal(np.asarray(leaf), np.asarray(found.flat()[where])), where
     assert found.layout.experts[0]["mlp"].tolist() == [1, 3, 4, 5]
+
+
+def test_copied_parts_of_the_encoders_lie_over_the_shared_ones_and_go_with_the_task(path: Path) -> None:
+    old = Model.open(path)
+    sub = put_in(path, "more", copied=COPIED)
+    model = Model.open(path)
+    shared, own = (model.view.read(f"encoders/{name}table/column") for name in ("", "own/more/"))
+    assert np.array_equal(own, shared[[1, 5]])
+    store = Store.open(model.view.path, mode="w")  # pyright: ignore[reportAttributeAccessIssue]
+    store.commit(Changes(put={"encoders/own/more/table/column": own + 1.0}), "moved", row_chunked=row_chunked)
+    column = np.asarray(Model.open(path).submodel("more").flat()["encoders", "table", "column"])
+    expected = shared.copy()
+    expected[[1, 5]] += 1.0
+    assert np.array_equal(column, expected)
+    assert np.array_equal(np.asarray(sub.flat()["encoders", "table", "column"]), shared)
+    assert np.array_equal(np.asarray(Model.open(path).submodel("wine").flat()["encoders", "table", "column"]), shared)
+    sizes = describe.Sizes(Model.open(path))
+    plain = put_in(path, "plain", new_experts=0)
+    assert plain.layout.copied == {}
+    assert sizes.private(Model.open(path).entry("more")) > 2 * 32 + 32
+    remove_task(path, "more")
+    assert not [name for name in Model.open(path).view.names("encoders/") if "own" in name]
+    assert Model.open(path).view.digests("encoders/") == old.view.digests("encoders/")
+
+
+def test_tasks_with_other_encoders_do_not_stand_in_one_network(path: Path) -> None:
+    put_in(path, "more", copied=COPIED)
+    with pytest.raises(ValueError, match="one set of encoders"):
+        Model.open(path).submodel(("wine", "more"))
 
 
 def test_no_new_experts_leave_the_banks_alone(path: Path) -> None:

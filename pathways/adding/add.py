@@ -23,16 +23,16 @@ from pathways.adding.commit import Trained, commit, fingerprint, new_parameters,
 from pathways.adding.fit import (
     Recipe,
     fit,
-    fresh_masks,
     make_recipe,
     metric_of,
     metrics_of,
     own_leaves,
+    row_masks,
     trained_parameters,
 )
 from pathways.adding.protect import make_probe
 from pathways.adding.search import Choice, choose, reference
-from pathways.adding.start import Start, prepare, reference_submodel
+from pathways.adding.start import Start, prepare, reference_submodel, touched
 from pathways.data import Data, cache_folder, encode_tasks, fit_tasks, streams_of, subset
 from pathways.evaluation import Sum, record
 from pathways.model import Model, open_for_writing
@@ -75,6 +75,7 @@ def add_task(
     *,
     new_experts: int = 2,
     candidates: int = 8,
+    own_encoder: bool = True,
     steps: int | None = None,
     learning_rate: float | None = None,
     seed: int = 0,
@@ -86,6 +87,8 @@ def add_task(
     Args:
         new_experts: fresh experts per routed layer; 0 reuses only.
         candidates: experts per routed layer taken from those that exist; at least the gate's `top_k`.
+        own_encoder: train a copy of what the task's rows touch of the encoders (the embeddings of its words, ...);
+            without, the shared ones as they are.
         steps: optimizer steps; by default about 10 epochs, from 100 to 800.
         learning_rate: the peak; by default the model's own.
         seed: of the search's sample, fresh parameters and the order of data.
@@ -107,9 +110,10 @@ def add_task(
     borrowed = reference_submodel(model, fitted, streams_of(fitted), reference(model), seed)
     choice = choose(model, borrowed, splits.train, per_layer=candidates, seed=seed)
     say(_found(choice))
-    start = prepare(model, borrowed, choice, new_experts, seed)
+    copied = touched(model, splits.train) if own_encoder else {}
+    start = prepare(model, borrowed, choice, new_experts, seed, copied)
     digests = fingerprint(model.view, start.borrowed)
-    own, masks = own_leaves(start), fresh_masks(start)
+    own, masks = own_leaves(start), row_masks(start)
     trainable = trained_parameters(start.sub, own, masks)
     say(_plan(start, recipe, trainable))
     with _monitor(model.path, task.name, recipe.config.steps, quiet, console) as monitor:
@@ -132,7 +136,7 @@ def add_task(
     sample = [splits.train.example(i) for i in subset(splits.train, PROFILE_ROWS)]
     entry = replace(start.entry, notes=_task_notes(sub, sample, choice, progress, splits.valid))
     probe = make_probe(sub, {task.name: sample[:PROBE_EXAMPLES]})
-    ready = Trained(entry, start.gate, start.fresh, whole, rows, digests, card, probe)
+    ready = Trained(entry, start.gate, start.fresh, copied, whole, rows, digests, card, probe)
     version, _ = commit(model_path, ready, start.borrowed, seed)
     _record_routing(model_path, task.name, sample)
     say(f"committed version {version.number}; old tasks checked: bytes and logits are what they were")

@@ -20,7 +20,7 @@ from pathways.adding.search import free_experts
 from pathways.adding.start import Start, fresh_places, joined
 from pathways.assemble import Part, components
 from pathways.model import Model, changes_for, open_for_writing, row_chunked, task_document
-from pathways.pathway import Experts, GateSpec
+from pathways.pathway import EncoderCopy, Experts, GateSpec
 from pathways.report import Card
 from pathways.store import Changes, Version
 from pathways.store.view import View
@@ -37,6 +37,7 @@ class Trained:
 
     Attributes:
         whole: its private components, by name.
+        copied: what it has of the encoders as a copy of its own.
         rows: bank -> values of its fresh experts, in the order of `fresh`.
         borrowed: digests of what it was trained on, see `fingerprint`.
     """
@@ -44,6 +45,7 @@ class Trained:
     entry: TaskEntry
     gate: GateSpec
     fresh: tuple[Experts, ...]
+    copied: EncoderCopy
     whole: Mapping[str, np.ndarray]
     rows: Mapping[str, np.ndarray]
     borrowed: Mapping[str, tuple[str, ...]]
@@ -60,6 +62,7 @@ def take_apart(start: Start, trained: SubModel) -> tuple[dict[str, np.ndarray], 
         f"gates/{pathway.gate}/",
         f"heads/{pathway.task}/",
         *(f"encoders/{stream}/" for stream in start.encoders),
+        *(f"encoders/{pathway.encoders}/{leaf}" for leaf in start.copied),
         *(f"banks/layer{i}/{kind}/" for i, layer in fresh.items() for kind in layer),
     )
     whole, rows = {}, {}
@@ -167,6 +170,8 @@ def changes(model: Model, trained: Trained) -> Changes:
         f"cards/{trained.entry.name}": json.loads(trained.card.to_json()),
         "manifest": grown_manifest(model, trained),
     }
+    if trained.copied:
+        made.documents[f"encoders/{pathway.encoders}/copied"] = trained.copied
     made.blobs = {f"probes/{pathway.gate}": trained.probe}
     return made
 

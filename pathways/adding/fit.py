@@ -92,7 +92,7 @@ def own_leaves(start: Start) -> Callable[[Names], bool]:
         if path[0] in ("heads", "token_heads", "task_embedding"):
             return True
         if path[0] == "encoders":
-            return path[1] in start.encoders
+            return path[1] in start.encoders or "/".join(path[1:]) in start.copied
         if "banks" in path:
             return path[path.index("banks") + 1] in kinds
         return path[-1] == "scale" or path[-2:] in (("routed", "gate"), ("routed", "noise"))
@@ -105,8 +105,11 @@ def head_leaves(path: Names) -> bool:
     return path[0] in ("heads", "token_heads")
 
 
-def fresh_masks(start: Start) -> dict[Names, np.ndarray]:
-    """Bank leaf -> `[E, 1, ...]` (with layers stacked where they are scanned), 1 for fresh experts and 0 for others."""
+def row_masks(start: Start) -> dict[Names, np.ndarray]:
+    """Leaf of which only some rows are the task's own -> 1 for those and 0 for others, one number a row.
+
+    Of a bank (with layers stacked where they are scanned), the fresh experts; of an encoder's table, the copied rows.
+    """
     config, layout, flat = start.sub.config.model, start.sub.layout, {}
     routed = config.routed_layers
     for path, leaf in start.sub.flat().items():
@@ -114,12 +117,15 @@ def fresh_masks(start: Start) -> dict[Names, np.ndarray]:
             layer, kind = routed.index(path[1]), path[path.index("banks") + 1]
             new = np.isin(layout.experts[layer][kind], start.fresh[layer].get(kind, ()))
             flat[path] = new.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+        if path[0] == "encoders" and (rows := start.copied.get("/".join(path[1:]))) is not None:
+            new = np.isin(np.arange(leaf.shape[0]), rows)
+            flat[path] = new.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
     tree = from_layers(flat, config)
     return {names(path): mask for path, mask in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def mask_rows(masks: Mapping[Names, np.ndarray]) -> optax.GradientTransformation:
-    """Zeroes the rows of banks that are not the task's own; other leaves pass."""
+    """Zeroes the rows of banks and tables that are not the task's own; other leaves pass."""
 
     def one(path: Any, update: jax.Array) -> jax.Array:
         mask = masks.get(names(path))
@@ -146,7 +152,7 @@ def fit(
 
     Args:
         own: which leaves train, by path; all by default.
-        masks: see `fresh_masks`.
+        masks: see `row_masks`.
 
     Raises:
         UserError: it was stopped by a signal, or diverged.

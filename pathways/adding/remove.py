@@ -11,13 +11,13 @@ from pathways.adding.commit import bank_of
 from pathways.adding.protect import Allowed, check
 from pathways.adding.search import free_experts
 from pathways.model import STORE, Model, beside, open_for_writing, row_chunked
-from pathways.pathway import Experts, gate_names, head_names, private
+from pathways.pathway import Experts, encoder_names, gate_names, head_names, private
 from pathways.store import Changes, Store, Version
 from tasks.errors import UserError
 
 
 def remove_task(model_path: str | os.PathLike[str], name: str) -> Version:
-    """Removes a task: its document, card, head, private norms, gate and probe; what it shares stays.
+    """Removes a task: its document, card, head, private norms, gate, encoders and probe; what it shares stays.
 
     The experts it owns that no other task uses are set to zero and their places are free for later tasks.
 
@@ -75,6 +75,8 @@ def private_names(model: Model, name: str) -> list[str]:
     if pathway.gate == private(name) and all(p.gate != pathway.gate for p in others):
         names += [f"gates/{pathway.gate}/candidates", *gate_names(pathway.gate, model.routed_layers)]
         names.append(f"probes/{pathway.gate}")
+    if pathway.encoders == private(name):
+        names += encoder_names(pathway.encoders, model.copied(pathway.encoders))
     return [found for found in names if model.view.has(found)]
 
 

@@ -1,7 +1,7 @@
 """The sub-model a new task is trained in: what it borrows, what is made for it, and where that will stand.
 
-Nothing is written here. Borrowed arrays come from the store, new ones lie over it: norms and gate columns as copies,
-fresh experts with zero output, a zero head.
+Nothing is written here. Borrowed arrays come from the store, new ones lie over it: norms, gate columns and the parts
+of the encoders that the task's rows touch as copies, fresh experts with zero output, a zero head.
 
 Axis letters: D width, M candidates of the gate, L layers.
 """
@@ -19,9 +19,10 @@ from experts.kinds import get_kind
 from pathways.adding.search import Choice, free_experts
 from pathways.assemble import Part
 from pathways.model import Model
-from pathways.network.encoders import make_encoder
-from pathways.pathway import Experts, GateSpec, Pathway, private
+from pathways.network.encoders import LOOKUPS, make_encoder
+from pathways.pathway import BASE, EncoderCopy, Experts, GateSpec, Pathway, private
 from pathways.submodel import SubModel, TaskEntry, read_submodel
+from tasks.cache import EncodedSplit
 from tasks.fitted import FittedTask
 
 GATE_LEAVES = ("gate", "noise", "bias")
@@ -40,6 +41,7 @@ class Start:
         gate: its candidates.
         fresh: per routed layer, the experts made for it.
         encoders: streams whose encoder is made for it.
+        copied: what it has of the other encoders as a copy of its own.
         borrowed: the parts of the store that `sub` was read from.
     """
 
@@ -47,6 +49,7 @@ class Start:
     gate: GateSpec
     fresh: tuple[Experts, ...]
     encoders: tuple[str, ...]
+    copied: EncoderCopy
     borrowed: tuple[Part, ...]
 
     @property
@@ -63,8 +66,15 @@ def reference_submodel(
     return read_submodel(model.config, [entry], model.layout([entry]), model.tokenizer, read)
 
 
-def prepare(model: Model, reference: SubModel, choice: Choice, new_experts: int, seed: int) -> Start:
-    """Lays out the task's own sub-model and fills it."""
+def prepare(
+    model: Model, reference: SubModel, choice: Choice, new_experts: int, seed: int, copied: EncoderCopy | None = None
+) -> Start:
+    """Lays out the task's own sub-model and fills it.
+
+    Args:
+        copied: what it gets of the encoders as a copy of its own (`touched`); nothing by default.
+    """
+    copied = copied or {}
     borrowed_from = reference.entries[0]
     name = borrowed_from.name
     fresh = fresh_places(model, new_experts)
@@ -73,21 +83,48 @@ def prepare(model: Model, reference: SubModel, choice: Choice, new_experts: int,
         borrowed_from.pathway,
         norms=private(name),
         gate=private(name),
+        encoders=private(name) if copied else BASE,
         origin="added",
         parents=choice.nearest,
         owned=fresh,
     )
     entry = TaskEntry(borrowed_from.fitted, pathway, {})
-    layout = model.layout([entry], {pathway.gate: gate})
+    layout = model.layout([entry], {pathway.gate: gate}, copied)
     whole = new_components(model, entry, seed)
     whole[f"norms/{pathway.norms}"] = model.view.read(f"norms/{borrowed_from.pathway.norms}")
+    whole |= encoder_components(model, pathway.encoders, copied)
     whole |= gate_components(model, pathway, gate, choice, borrowed_from.pathway.gate, seed)
     if choice.nearest and model.config.model.gate.scope == "task_embedding":
         whole[f"heads/{name}/embedding"] = model.view.read(f"heads/{choice.nearest[0]}/embedding")
     used: list[Part] = []
     read = overlay(model.read, whole, fresh_rows(model, fresh, seed), used)
     sub = read_submodel(model.config, [entry], layout, model.tokenizer, read)
-    return Start(sub, gate, fresh, missing_encoders(model, pathway.streams), tuple(used))
+    return Start(sub, gate, fresh, missing_encoders(model, pathway.streams), copied, tuple(used))
+
+
+def touched(model: Model, train: EncodedSplit) -> EncoderCopy:
+    """Of the encoders that the model has for these rows: every weight, and of tables the rows that they look up."""
+    found: EncoderCopy = {}
+    for stream in train.streams:
+        for name in sorted(model.view.names(f"encoders/{stream}/")):
+            leaf = name.rpartition("/")[2]
+            field = LOOKUPS[stream].get(leaf)
+            if field is None:
+                found[f"{stream}/{leaf}"] = None
+            elif field in train.fields[stream]:
+                last = model.view.array_info(name)[0][0] - 1
+                rows = np.unique(np.minimum(train.fields[stream][field], last))
+                found[f"{stream}/{leaf}"] = tuple(rows.tolist())
+    return found
+
+
+def encoder_components(model: Model, encoders: str, copied: EncoderCopy) -> dict[str, np.ndarray]:
+    """The copies, as the shared encoders have them."""
+    shared = model.view.read_many(dict.fromkeys(f"encoders/{leaf}" for leaf in copied))
+    return {
+        f"encoders/{encoders}/{leaf}": value if rows is None else value[np.asarray(rows, np.int64)]
+        for (leaf, rows), value in zip(copied.items(), shared.values(), strict=True)
+    }
 
 
 def joined(chosen: Experts, fresh: Experts) -> Experts:

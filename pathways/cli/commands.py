@@ -73,6 +73,7 @@ def run_add(args: Namespace) -> None:
         task,
         new_experts=args.new_experts,
         candidates=args.candidates,
+        own_encoder=not args.shared_encoder,
         steps=args.steps,
         seed=args.seed,
         quiet=args.quiet,

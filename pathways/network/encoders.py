@@ -117,6 +117,15 @@ class AudioEncoder(nnx.Module):
         return rows + self.position[...][place] + self.column[...][fields["column"]]
 
 
+LOOKUPS = {
+    "text": {"token": "id", "position": "position", "column": "column"},
+    "table": {"column": "column", "gain": "column", "category": "category"},
+    "image": {"row": "row", "col": "col", "column": "column"},
+    "audio": {"position": "position", "column": "column"},
+}
+"""Leaves of each encoder that are tables, and the field whose values are the rows that a token looks up."""
+
+
 def make_encoder(stream: str, options: EncoderSettings, vocab_size: int, width: int, rngs: nnx.Rngs) -> nnx.Module:
     """The encoder of one stream of `tasks.batch.STREAMS`."""
     if stream == "text":
