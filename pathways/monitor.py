@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 LINE_SECONDS = 10.0
 """Without a terminal, one line is printed at most this often."""
 SHOWN = {
@@ -61,7 +62,7 @@ class Monitor:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._start_step = start_step
         self._files: dict[str, IO[str]] = {}
-        for name in ("metrics.jsonl", "events.jsonl"):
+        for name in (METRICS, EVENTS):
             drop_after(self.folder / name, start_step)
             self._files[name] = (self.folder / name).open("a", encoding="utf-8")
         self._times: deque[tuple[float, int]] = deque([(time.monotonic(), start_step)], maxlen=50)
@@ -86,7 +87,7 @@ class Monitor:
         """
         values = {name: float(value) for name, value in metrics.items()}
         self.step = step
-        self._write("metrics.jsonl", {name: value if math.isfinite(value) else None for name, value in values.items()})
+        self._write(METRICS, {name: value if math.isfinite(value) else None for name, value in values.items()})
         self._log_events(step, values)
         self._times.append((time.monotonic(), step))
         self._shown |= {name: value for name, value in values.items() if name in SHOWN}
@@ -94,7 +95,7 @@ class Monitor:
 
     def event(self, message: str) -> None:
         """Records something worth a line of its own, such as a saved checkpoint."""
-        self._write("events.jsonl", {"message": message})
+        self._write(EVENTS, {"message": message})
         if self._console is not None:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 

@@ -202,18 +202,22 @@ def lr_curve(
 def learning_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """A run's `metrics.jsonl` as panels: one per metric, the curves of phases and tasks together.
 
-    Metrics are grouped by the last part of their name, so `train/loss` and `valid/loss` share a panel. At most eight
-    panels are drawn, the most often logged first.
+    Names are `<phase>/<metric>/<task>`, of which phase and task may be absent: `loss` and `valid/loss` share a panel,
+    and so do `valid/quality` and that of every task. What never changes is left out. At most eight panels are drawn:
+    loss and quality, then the most often logged.
     """
     panels: dict[str, list[str]] = {}
     for row in rows:
         for name in row:
-            panel = panels.setdefault(name.rpartition("/")[2], [])
+            panel = panels.setdefault(name.removeprefix("valid/").partition("/")[0], [])
             if name not in panel:
                 panel.append(name)
-    panels = {key: names for key, names in panels.items() if key not in ("step", "time")}
+    values = {
+        key: {row[name] for row in rows for name in names if row.get(name) is not None} for key, names in panels.items()
+    }
+    panels = {key: names for key, names in panels.items() if key not in ("step", "time") and len(values[key]) > 1}
     often = {key: sum(name in row for row in rows for name in names[:1]) for key, names in panels.items()}
-    shown = sorted(panels, key=lambda key: (key != "loss", -often[key]))[:8]
+    shown = sorted(panels, key=lambda key: (key != "loss", key != "quality", -often[key]))[:8]
     columns = min(len(shown), 2) or 1
     height = -(-len(shown) // columns) or 1
     with style():
@@ -246,6 +250,9 @@ def _panel(axes: Axes, key: str, names: list[str], rows: Sequence[Mapping[str, A
         axes.legend(loc="best")
     axes.set_title(key.replace("_", " "))
     axes.set_xlabel("step")
+    if key == "quality":
+        # A bad R2 has no bottom and would flatten all other curves; nothing is better than 1.
+        axes.set_ylim(max(axes.get_ylim()[0], -0.2), 1.02)
 
 
 def similar_order(matrix: np.ndarray) -> list[int]:

@@ -1,4 +1,4 @@
-"""From encoded splits to batches: for training an endless, resumable mix, for evaluation every example once.
+"""From encoded splits to batches of training: an endless, resumable mix of the tasks.
 
 The mix is a function of a position: position -> (task, which of its examples). A period of positions holds every task
 as often as its weight says, spread evenly; within a task a permutation, new each epoch, orders the examples. So a
@@ -11,7 +11,7 @@ Axis letters: L positions in a period.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -203,38 +203,3 @@ class TrainStream:
 def _stop(held: list[Any]) -> None:
     while held:
         held.pop().close()
-
-
-def eval_batches(splits: Sequence[tuple[int, EncodedSplit]], shape: BatchShape) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Every example of every split exactly once, in order.
-
-    Args:
-        splits: (task number, split) pairs.
-        shape: of every batch.
-
-    Yields:
-        (batch, slots `[N, 2]` int64: task number and index in its split of each example of the batch, -1 for padding).
-
-    Raises:
-        ValueError: an example that no batch of this shape can hold.
-    """
-    packer, taken = Packer(shape), []
-    for task, split in splits:
-        for index in range(len(split)):
-            example = split.example(index)
-            if not packer.add(task, example):
-                if not len(packer):
-                    raise ValueError(f"an example does not fit even an empty batch: {packer.explain(task, example)}")
-                yield packer.batch(), _slots(taken, shape)
-                packer, taken = Packer(shape), []
-                if not packer.add(task, example):
-                    raise ValueError(f"an example does not fit even an empty batch: {packer.explain(task, example)}")
-            taken.append((task, index))
-    if len(packer):
-        yield packer.batch(), _slots(taken, shape)
-
-
-def _slots(taken: list[tuple[int, int]], shape: BatchShape) -> np.ndarray:
-    slots = np.full((shape.examples, 2), -1, np.int64)
-    slots[: len(taken)] = taken
-    return slots

@@ -125,17 +125,18 @@ def test_lr_curve(tmp_path):
 def test_learning_curves(tmp_path):
     rows = []
     for step in range(0, 100, 10):
-        row = {"step": step, "time": 0.0, "loss": 1.0, "learning_rate": 0.1, "valid/loss": None if step == 50 else 2.0}
-        rows.append(row | {f"valid/task {i}/accuracy": i / 30 for i in range(30)})
+        row = {"step": step, "time": 0.0, "loss": 1.0, "bad_steps": 0.0, "learning_rate": step / 100}
+        row["valid/loss"] = None if step == 50 else 2.0
+        rows.append(row | {f"valid/quality/task {i}": i / 30 for i in range(30)})
     figure = plots.learning_curves(rows)
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
-    assert set(panels) == {"loss", "learning rate", "accuracy"}
+    assert list(panels) == ["loss", "quality", "learning rate"]
     assert [len(np.asarray(line.get_xdata())) for line in panels["loss"].get_lines()] == [10, 9]
-    median = panels["accuracy"].get_lines()[-1]  # 30 tasks at 0/30 .. 29/30: the median is 14.5/30
+    median = panels["quality"].get_lines()[-1]  # 30 tasks at 0/30 .. 29/30: the median is 14.5/30
     assert np.allclose(np.asarray(median.get_ydata()), 14.5 / 30)
     pixels(figure, tmp_path)
     pixels(plots.learning_curves([]), tmp_path)
-    pixels(plots.learning_curves([{"step": 1, **{f"{i}/loss": None for i in range(20)}}]), tmp_path)
+    pixels(plots.learning_curves([{"step": 1, **{f"loss/{i}": None for i in range(20)}, "loss/20": 1.0}]), tmp_path)
 
 
 def test_no_global_state():

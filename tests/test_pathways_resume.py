@@ -18,7 +18,7 @@ from pathways.config import Config, GateOptions
 from pathways.model import Model
 from pathways.monitor import read_metrics
 from pathways.training.joint import train
-from pathways.training.run import prepare_folder
+from pathways.training.run import prepare_folder, sole_user
 from tasks.errors import UserError
 
 PROGRAM = """
@@ -199,3 +199,16 @@ def test_only_a_runs_own_folder_is_cleared(tmp_path: Path) -> None:
 def test_training_needs_a_local_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="local folder"):
         train(make_config(make_tasks(tmp_path, ("wine",))), "gs://bucket/model", quiet=True)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    config = make_config(make_tasks(tmp_path / "data", ("wine",)))
+    folder = tmp_path / "run"
+    prepare_folder(folder)
+    with sole_user(folder):
+        with pytest.raises(UserError, match=f"(?s)Another process trains in this folder.*process {os.getpid()}"):
+            train(config, folder, quiet=True)
+        with pytest.raises(UserError, match="Another process trains"):
+            train(config, folder, quiet=True, restart=True)
+    with sole_user(folder):
+        pass

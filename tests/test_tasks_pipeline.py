@@ -13,8 +13,8 @@ import pytest
 from tasks import pipeline
 from tasks.cache import EncodedSplit, write_split
 from tasks.encoded import EncodedRows, EncoderSettings, Ragged
-from tasks.pack import shape_for, unpack
-from tasks.pipeline import Mixture, TrainStream, eval_batches, sampling_weights
+from tasks.pack import shape_for
+from tasks.pipeline import Mixture, TrainStream, sampling_weights
 
 SETTINGS = EncoderSettings(max_length=16)
 
@@ -177,24 +177,8 @@ def test_a_state_of_another_process_is_refused(splits, shape):
             TrainStream(splits, WEIGHTS, shape, 0, process_index=0, process_count=2, start_state=state)
 
 
-def test_evaluation_gives_every_example_once_in_order(splits, shape):
-    seen = []
-    for batch, slots in eval_batches([(4, splits[1]), (9, splits[2])], shape):
-        assert slots.shape == (shape.examples, 2)
-        assert np.array_equal(slots[:, 0], batch["task"])
-        for i, (task, index) in enumerate(slots):
-            if task >= 0:
-                split = splits[1] if task == 4 else splits[2]
-                got, wanted = unpack(batch, shape, i), split.example(index)
-                assert np.array_equal(got.streams["text"]["id"], wanted.streams["text"]["id"])
-                seen.append((int(task), int(index)))
-    assert seen == [(4, i) for i in range(40)] + [(9, i) for i in range(7)]
-
-
 def test_an_example_that_fits_no_batch_is_told(splits, tmp_path):
     small = shape_for([splits[0].token_use()], [1.0], rows=1, length=16, settings=SETTINGS)
     long = a_split(tmp_path / "long", 3, 0, longest=40)
     with pytest.raises(ValueError, match="a row of the batch holds 16"):
         take(TrainStream([long], [1.0], small, 0), 3)
-    with pytest.raises(ValueError, match="a row of the batch holds 16"):
-        list(eval_batches([(0, long)], small))

@@ -35,7 +35,15 @@ def run_train(args: Namespace) -> None:
     model = train(_config(args), args.out, restart=args.restart, quiet=args.quiet)
     if not args.quiet:
         _print_tasks(model, "table")
+        print(f"Curves: {_draw_curves(Path(args.out))}")
         print(f"Next: pathways eval {args.out}, pathways show {args.out}, pathways stats {args.out} --plot")
+
+
+def _draw_curves(folder: Path) -> Path:
+    from pathways import plots
+    from pathways.monitor import METRICS, read_metrics
+
+    return plots.save(plots.learning_curves(read_metrics(folder / METRICS)), folder / "curves.png")
 
 
 def run_lr_find(args: Namespace) -> None:

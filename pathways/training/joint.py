@@ -38,7 +38,7 @@ from pathways.model import (
     row_chunked,
     task_document,
 )
-from pathways.monitor import Monitor
+from pathways.monitor import EVENTS, METRICS, Monitor
 from pathways.pathway import BASE, GateSpec, Pathway, private
 from pathways.predictions import predict_examples
 from pathways.profile import PROFILE_ROWS, profiles
@@ -50,7 +50,7 @@ from pathways.training.checkpoint import Checkpoints, refuse_differences
 from pathways.training.loop import Hooks, Progress
 from pathways.training.loop import train as run_loop
 from pathways.training.optimizer import make_optimizer, make_schedule
-from pathways.training.run import CONFIG, VERSIONS, prepare_folder, resolved
+from pathways.training.run import CONFIG, LOCK, VERSIONS, prepare_folder, resolved, sole_user
 from pathways.training.step import initial_state, make_step
 from tasks.batch import BatchShape
 from tasks.errors import UserError
@@ -103,8 +103,15 @@ def train(config: Config, out: str | Path, *, restart: bool = False, quiet: bool
         # A mistake in the configuration or the data must show before anything is thrown away.
         must_be_a_run(folder)
         prepare(config, lambda line: None)
-        discard(folder)
     prepare_folder(folder)
+    with sole_user(folder):
+        if restart:
+            discard(folder)
+        return _train(config, folder, quiet, console)
+
+
+def _train(config: Config, folder: Path, quiet: bool, console: Any) -> Model:
+    """Goes on from the folder's newest checkpoint, or begins, and commits."""
     checkpoints = Checkpoints(folder / "checkpoints", {})
     first = checkpoints.latest() or 0
     with Monitor(folder, config.train.steps, start_step=first, quiet=quiet, console=console) as monitor:
@@ -274,7 +281,7 @@ def annotate(prepared: Prepared, sub: SubModel, progress: Progress) -> list[Task
 
 def must_be_a_run(folder: Path) -> None:
     """Refuses to clear a folder that training did not make."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / VERSIONS).exists():
+    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()) and not (folder / VERSIONS).exists():
         raise UserError(
             "This folder is not a training run's; nothing was removed.",
             where=str(folder),
@@ -287,7 +294,7 @@ def discard(folder: Path) -> None:
     """Removes what a run left in a folder that is a run's; anything else there stays."""
     for name in ("checkpoints", STORE, STATISTICS, "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "events.jsonl", CONFIG, VERSIONS):
+    for name in (METRICS, EVENTS, CONFIG, VERSIONS):
         (folder / name).unlink(missing_ok=True)
     if (folder / STORE).exists():
         raise UserError("The old model could not be removed.", where=str(folder))

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import tomli_w
 from pathways.config import Config
 from tasks.errors import UserError
 
-CONFIG, VERSIONS = "config.toml", "versions.json"
+CONFIG, VERSIONS, LOCK = "config.toml", "versions.json", ".lock"
 PACKAGES = ("pathways-moe", "jax", "jaxlib", "flax", "optax", "grain", "tensorstore", "tokenizers", "numpy")
 
 
@@ -37,6 +39,37 @@ def prepare_folder(folder: Path, config: Config | None = None) -> None:
         raise UserError(
             "The run's folder cannot be written.", where=str(folder), got=str(error), fix="choose another --out"
         ) from None
+
+
+@contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Holds a run's folder for this process: two trainings in one folder would overwrite each other's checkpoints.
+
+    The system lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                "Another process trains in this folder.",
+                where=str(folder),
+                got=f"process {file.read().strip() or 'unknown'}",
+                fix="wait until it is done, or choose another --out",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def resolved(config: Config) -> dict[str, Any]:
