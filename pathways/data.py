@@ -12,6 +12,7 @@ import numpy as np
 from pathways.config import Config
 from tasks.batch import STREAMS, BatchShape
 from tasks.cache import EncodedSplit, encode_split
+from tasks.cache_size import trim
 from tasks.check import check_name
 from tasks.encoded import EncoderSettings
 from tasks.errors import UserError
@@ -34,6 +35,15 @@ def cache_folder() -> Path:
     """Where encoded data and compiled programs are kept: `$PATHWAYS_CACHE`, else the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("PATHWAYS_CACHE") or f"{home}/pathways").expanduser()
+
+
+def cache_bytes() -> int:
+    """The most that encoded data may take: `$PATHWAYS_CACHE_GB` times 10^9, by default 20."""
+    given = os.environ.get("PATHWAYS_CACHE_GB", "20")
+    try:
+        return int(float(given) * 1e9)
+    except ValueError:
+        raise UserError("The size of the cache must be a number.", where="$PATHWAYS_CACHE_GB", got=given) from None
 
 
 def fit_tasks(specs: Sequence[Task], say: Callable[[str], None] = lambda line: None) -> list[FittedTask]:
@@ -126,9 +136,11 @@ class Data:
 def encode_tasks(
     fitted: Iterable[FittedTask], split: SplitName, tokenizer: str, settings: EncoderSettings, folder: Path
 ) -> tuple[EncodedSplit, ...]:
-    """One split of each task, encoded, from the cache where it is there."""
+    """One split of each task, encoded, from the cache where it is there; then the cache is kept within its size."""
     made = Tokenizer(tokenizer)
-    return tuple(encode_split(item, split, made, settings, folder) for item in fitted)
+    found = tuple(encode_split(item, split, made, settings, folder) for item in fitted)
+    trim(folder, cache_bytes())
+    return found
 
 
 def task_weights(fitted: Sequence[FittedTask], splits: Sequence[EncodedSplit], temperature: float) -> np.ndarray:

@@ -30,6 +30,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from tasks.cache_size import mark_used
 from tasks.encode import encode_batch, input_columns
 from tasks.encoded import EncodedRows, EncoderSettings, Example, Ragged, stored_fields, stream_order
 from tasks.errors import UserError
@@ -83,6 +84,7 @@ def encode_split(
             reader.check_unchanged()
 
         write_split(folder, encoded(), settings)
+    mark_used(folder)
     return found or EncodedSplit(folder)
 
 

@@ -37,7 +37,7 @@ def example_loss(logits: jax.Array, y: jax.Array, y_mask: jax.Array, code: jax.A
         `[N]`: cross-entropy over the masked outputs, or the mean over them of the others; 0 where nothing is known.
     """
     known = y_mask > 0
-    count = jnp.maximum(known.sum(axis=-1), 1)
+    count = jnp.maximum(known.sum(axis=-1), 1).astype(logits.dtype)
     logits = jnp.where(known, logits, 0.0)
     y = jnp.where(known, y, 0.0)
 

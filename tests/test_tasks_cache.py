@@ -11,6 +11,7 @@ import pytest
 
 from tasks import cache
 from tasks.cache import EncodedSplit, cache_key, encode_split
+from tasks.cache_size import mark_used, trim
 from tasks.encode import encode_batch
 from tasks.encoded import EncoderSettings
 from tasks.errors import UserError
@@ -148,3 +149,26 @@ def test_tags_of_words_that_were_cut_are_kept(tmp_path):
     assert short.word_tags(3).tolist() == [0, 1, 0, 1]
     assert short.words[3] == 4
     assert short.token_use().outputs == 0
+
+
+def test_the_cache_is_kept_within_its_size(tmp_path):
+    now = 1_000_000_000.0
+    for days, name in ((9, "old"), (5, "older than a day"), (0.5, "fresh"), (0, "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "id.npy").write_bytes(b"x" * 100)
+        (tmp_path / name / "meta.json").write_text("")
+        os.utime(tmp_path / name / "meta.json", (now - days * 86_400,) * 2)
+    (tmp_path / ".writing-1").mkdir()
+
+    def left() -> set[str]:
+        return {path.name for path in tmp_path.iterdir()} - {".writing-1"}
+
+    assert trim(tmp_path / "absent", 0) == 0
+    assert trim(tmp_path, 400, now) == 0
+    assert trim(tmp_path, 350, now) == 100
+    assert left() == {"older than a day", "fresh", "new"}
+    mark_used(tmp_path / "older than a day")
+    os.utime(tmp_path / "fresh" / "meta.json", (now - 2 * 86_400,) * 2)
+    assert trim(tmp_path, 0, (tmp_path / "older than a day" / "meta.json").stat().st_mtime) == 200
+    assert left() == {"older than a day"}
+    assert (tmp_path / ".writing-1").exists()
