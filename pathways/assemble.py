@@ -213,10 +213,12 @@ def read_arrays(
     wanted = [(path, part) for path in abstract for part in parts(path, layout, config)]
     values = read([part for _, part in wanted])
     arrays: dict[Path, np.ndarray] = {}
+    laid_over = {path for path, part in wanted if part.at}
     for (path, part), value in zip(wanted, values, strict=True):
         leaf = abstract[path]
         if part.at == ():
-            arrays[path] = np.array(value, leaf.dtype)
+            # What was read may be somebody else's array: it is copied before another part is laid over it.
+            arrays[path] = np.array(value, leaf.dtype) if path in laid_over else np.asarray(value, leaf.dtype)
         else:
             arrays.setdefault(path, np.zeros(leaf.shape, leaf.dtype))
         expected = arrays[path][part.at].shape if part.at else leaf.shape

@@ -205,6 +205,7 @@ def task_facts(model: Model, name: str) -> list[Pair]:
         (metric or "metric", report.show(value, "number")),
         ("active per row", report.count(sizes.active(entry))),
         ("private", f"{report.count(sizes.private(entry))} parameters"),
+        ("encoders", pathway.encoders),
         ("norms", pathway.norms),
         ("gate", f"{pathway.gate}, of {used_by} task" + "s" * (used_by != 1)),
         ("origin", pathway.origin + (f", {entry.notes['made']}" if "made" in entry.notes else "")),

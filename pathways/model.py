@@ -30,8 +30,8 @@ from tasks.fitted import FittedTask
 from tasks.tokenizer import Tokenizer
 
 STORE, STATISTICS = "store", "statistics"
-FORMAT = 1
-"""Version of the documents below; the store has one of its own."""
+FORMAT = 2
+"""Version of the documents and of what the components mean; the store has one of its own."""
 KEPT = 4
 """Sub-models that a model keeps, the last used: each holds its parameters on the device."""
 
@@ -58,6 +58,7 @@ class Model:
         self.path, self.view = os.fspath(path), view
         self._entries: dict[str, TaskEntry] = {}
         self._gates: dict[str, GateSpec] = {}
+        self._copied: dict[str, EncoderCopy] = {BASE: {}}
         self._submodels: OrderedDict[tuple[str, ...], SubModel] = OrderedDict()
 
     @classmethod
@@ -84,6 +85,14 @@ class Model:
                 expected=f"model format {FORMAT} or older",
                 got=f"model format {found['format']}",
                 fix="pip install -U pathways-moe",
+            )
+        if found.get("format", 0) < FORMAT:
+            raise UserError(
+                "This model was written by a version of pathways from before the first release.",
+                where=self.path,
+                expected=f"model format {FORMAT}",
+                got=f"model format {found.get('format', 0)}",
+                fix="train it again from its configuration",
             )
         return found
 
@@ -135,10 +144,16 @@ class Model:
 
     def copied(self, encoders: str) -> EncoderCopy:
         """What of the encoders of this name is a copy of its own."""
-        return {} if encoders == BASE else encoder_copy_from_json(self.view.document(f"encoders/{encoders}/copied"))
+        if encoders not in self._copied:
+            self._copied[encoders] = encoder_copy_from_json(self.view.document(f"encoders/{encoders}/copied"))
+        return self._copied[encoders]
 
     def submodel(self, tasks: str | Iterable[str]) -> SubModel:
-        """A small network with the components of these tasks only; the last few are kept for the next call."""
+        """A small network with the components of these tasks only; the last few are kept for the next call.
+
+        Raises:
+            UserError: an unknown task, or tasks with different encoders.
+        """
         names = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         if names not in self._submodels:
             entries = [self.entry(task) for task in names]
@@ -171,6 +186,13 @@ class Model:
     ) -> Layout:
         """What a network for these tasks holds. `gates` and `copied` are of tasks that are not in the model yet."""
         pathways = [entry.pathway for entry in entries]
+        if len({pathway.encoders for pathway in pathways}) > 1:
+            raise UserError(
+                "Tasks with encoders of their own do not stand in one network with others.",
+                where=self.path,
+                got=", ".join(entry.name for entry in entries),
+                fix="ask for one network at a time: `Model.networks` divides tasks so",
+            )
         known = dict(gates or {})
         specs = {p.gate: known.get(p.gate) or self.gate(p.gate) for p in pathways}
         vocab = self.config.encoders.vocab_size

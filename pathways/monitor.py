@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, CURVES = "metrics.jsonl", "events.jsonl", "curves.png"
 LINE_SECONDS = 10.0
 """Without a terminal, one line is printed at most this often."""
 SHOWN = {

@@ -89,8 +89,39 @@ def test_copied_parts_of_the_encoders_lie_over_the_shared_ones_and_go_with_the_t
 
 def test_tasks_with_other_encoders_do_not_stand_in_one_network(path: Path) -> None:
     put_in(path, "more", copied=COPIED)
-    with pytest.raises(ValueError, match="one set of encoders"):
-        Model.open(path).submodel(("wine", "more"))
+    model = Model.open(path)
+    with pytest.raises(UserError, match=r"(?s)do not stand in one network.*wine, more"):
+        model.submodel(("wine", "more"))
+    assert model.networks(("wine", "more", "mood")) == [("wine", "mood"), ("more",)]
+
+
+def test_a_copy_comes_and_goes_with_its_task_under_any_name(path: Path) -> None:
+    for _ in range(2):
+        put_in(path, "a", copied=COPIED)
+        put_in(path, "a/table", copied={"table/gain": (2,)})
+        remove_task(path, "a")
+        assert Model.open(path).view.names("encoders/own/") == [
+            "encoders/own/a/table/copied",
+            "encoders/own/a/table/table/gain",
+        ]
+        assert Model.open(path).submodel("a/table").layout.copied == {"table/gain": (2,)}
+        remove_task(path, "a/table")
+    assert not Model.open(path).view.names("encoders/own/")
+
+
+def test_the_shared_encoders_norms_are_borrowed_before_those_of_a_task_with_its_own(path: Path) -> None:
+    put_in(path, "more", copied=COPIED)
+    for name in OLD:
+        remove_task(path, name)
+    assert search.reference(Model.open(path)) == ("base", "base")
+
+
+def test_a_model_of_before_the_first_release_is_told(path: Path) -> None:
+    store = Store.open(Model.open(path).view.path, mode="w")  # pyright: ignore[reportAttributeAccessIssue]
+    manifest = {**store.document("manifest"), "format": 1}
+    store.commit(Changes(documents={"manifest": manifest}), "older", row_chunked=row_chunked)
+    with pytest.raises(UserError, match=r"(?s)before the first release.*model format 1"):
+        _ = Model.open(path).tasks
 
 
 def test_no_new_experts_leave_the_banks_alone(path: Path) -> None:

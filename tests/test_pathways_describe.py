@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import pathways as pw
-from pathways import describe
+from pathways import allocator, describe
 from pathways.model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +84,19 @@ def test_log_and_facts(tiny_model: Model) -> None:
     assert facts["tasks"] == "4"
     assert facts["layer 0"] == "4 mlp"
     assert dict(describe.task_facts(tiny_model, "mood"))["classes"] == "2: pleasant, unpleasant"
+
+
+def test_freed_memory_is_kept_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(allocator.SWITCH, "0")
+    assert pw.reuse_memory() is False
+    program = """
+import ctypes, sys
+import pathways as pw
+print(pw.reuse_memory(), sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version"))
+"""
+    monkeypatch.delenv(allocator.SWITCH)
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert out[0] == out[1]
 
 
 def test_every_public_name_resolves() -> None:

@@ -16,12 +16,15 @@ from tolerance import assert_close
 
 from pathways.assemble import by_layer, components
 from pathways.config import BalanceOptions, GateOptions
+from pathways.network.encoders import LOOKUPS, make_encoder
 from pathways.network.layers import Attention, add_neighbours, dropout, segment_mean
 from pathways.predictions import predict_examples, run_shape
 from pathways.submodel import abstract_network, fitting
 from pathways.training.joint import examples_of
 from pathways.training.step import per_example_loss
 from routing.gates import gate_logits
+from tasks.batch import CATEGORY, MISSING, NUMBER, STREAMS, stream_fields
+from tasks.encoded import EncoderSettings
 from tasks.pack import Packer
 
 KINDS = ("noisy_top_k", "softmax_top_k", "sigmoid_top_k")
@@ -163,6 +166,32 @@ def test_neighbours_by_hand():
     scale = jnp.array([[0.5], [10.0], [100.0]])  # of the one two before, the one before, the one after
     mixed = add_neighbours(x, segment, scale, (-2, -1, 1))[0, :, 0]
     assert mixed.tolist() == [1 + 200, 2 + 10 + 400, 4 + 20 + 0.5, 8 + 1600, 16 + 80]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_lookups_name_the_rows_that_an_encoder_reads(stream):
+    """Every leaf with a gradient in some rows only is a table of `LOOKUPS`, and those rows are its field's values."""
+    options = EncoderSettings(vocab_size=300, max_length=12, column_buckets=11, category_buckets=13, image_tokens=9)
+    shape = replace(options.window_shape(), **{stream: 6})
+    rng = np.random.default_rng(0)
+    fields = {}
+    for name, (tail, dtype) in stream_fields(stream, shape).items():
+        whole = np.issubdtype(dtype, np.integer)
+        fields[name] = rng.integers(0, 8, (6, *tail), dtype) if whole else rng.normal(size=(6, *tail)).astype(dtype)
+    if stream == "table":
+        fields["state"] = np.array([NUMBER, CATEGORY, MISSING] * 2, np.int32)
+    graph, params = nnx.split(make_encoder(stream, options, 300, 8, nnx.Rngs(0)))
+    mix = rng.normal(size=(6, 8)).astype(np.float32)
+    grads = nnx.to_pure_dict(jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(fields) * mix))(params))
+    for leaf, grad in grads.items():
+        rows = set(np.flatnonzero(np.abs(np.asarray(grad)).reshape(grad.shape[0], -1).max(axis=1)))
+        if leaf in LOOKUPS[stream]:
+            read = set(fields[LOOKUPS[stream][leaf]].tolist())
+            assert 0 < len(rows) <= len(read) < grad.shape[0], leaf
+            assert rows <= read, leaf
+            assert rows == read or stream == "table", leaf  # a number reads no category, a category no gain
+        else:
+            assert len(rows) == grad.shape[0], leaf
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -272,7 +272,9 @@ def _notes(start: Start, splits: Splits, choice: Choice) -> tuple[str, ...]:
     notes = [rows, _found(choice)]
     if splits.held_name != "test":
         notes.append(f"no test rows: the score is on {splits.held_name} rows and may flatter all but the constant")
-    notes += [f"the model had no {stream} encoder: a fresh one was trained and is shared" for stream in start.encoders]
+    notes += [
+        f"the model had no {stream} encoder: a fresh one was trained and is shared" for stream in start.made_encoders
+    ]
     unseen = sum(splits.held.unseen.values())
     if unseen:
         notes.append(f"{unseen} labels of the {splits.held_name} rows were never seen in training; they are left out")

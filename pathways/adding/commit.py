@@ -61,7 +61,7 @@ def take_apart(start: Start, trained: SubModel) -> tuple[dict[str, np.ndarray], 
         f"norms/{pathway.norms}",
         f"gates/{pathway.gate}/",
         f"heads/{pathway.task}/",
-        *(f"encoders/{stream}/" for stream in start.encoders),
+        *(f"encoders/{stream}/" for stream in start.made_encoders),
         *(f"encoders/{pathway.encoders}/{leaf}" for leaf in start.copied),
         *(f"banks/layer{i}/{kind}/" for i, layer in fresh.items() for kind in layer),
     )

@@ -92,7 +92,7 @@ def own_leaves(start: Start) -> Callable[[Names], bool]:
         if path[0] in ("heads", "token_heads", "task_embedding"):
             return True
         if path[0] == "encoders":
-            return path[1] in start.encoders or "/".join(path[1:]) in start.copied
+            return path[1] in start.made_encoders or "/".join(path[1:]) in start.copied
         if "banks" in path:
             return path[path.index("banks") + 1] in kinds
         return path[-1] == "scale" or path[-2:] in (("routed", "gate"), ("routed", "noise"))

@@ -58,12 +58,18 @@ class Choice:
 
 
 def reference(model: Model) -> tuple[str, str]:
-    """Norms and gate that a new task borrows: those of the largest group of tasks, the oldest of equals."""
+    """Norms and gate that a new task borrows: those of the largest group of tasks, the oldest of equals.
+
+    A group with encoders of its own comes last: its norms and gate were trained over other rows than the shared ones.
+    """
     groups = model.groups()
-    if groups:
-        return max(groups, key=lambda group: len(groups[group]))
+    shared = {group: names for group, names in groups.items() if model.entry(names[0]).pathway.encoders == BASE}
+    if shared:
+        return max(shared, key=lambda group: len(shared[group]))
     if model.view.has(f"gates/{BASE}/candidates"):
         return BASE, BASE
+    if groups:
+        return max(groups, key=lambda group: len(groups[group]))
     raise UserError(
         "The model has no task left to start from.", where=model.path, fix="undo a removal: see `pathways log`"
     )

@@ -28,6 +28,7 @@ from tasks.fitted import FittedTask
 GATE_LEAVES = ("gate", "noise", "bias")
 JITTER = 1e-3
 """What is added to a fresh expert's gate column so that no two are equal: its deviation, as a part of the column's."""
+TOKENS_AT_ONCE = 1 << 20
 
 Read = Callable[[list[Part]], list[np.ndarray]]
 
@@ -40,7 +41,7 @@ class Start:
         sub: the network it is trained in, holding it alone.
         gate: its candidates.
         fresh: per routed layer, the experts made for it.
-        encoders: streams whose encoder is made for it.
+        made_encoders: streams whose encoder is made for it.
         copied: what it has of the other encoders as a copy of its own.
         borrowed: the parts of the store that `sub` was read from.
     """
@@ -48,7 +49,7 @@ class Start:
     sub: SubModel
     gate: GateSpec
     fresh: tuple[Experts, ...]
-    encoders: tuple[str, ...]
+    made_encoders: tuple[str, ...]
     copied: EncoderCopy
     borrowed: tuple[Part, ...]
 
@@ -109,13 +110,17 @@ def touched(model: Model, train: EncodedSplit) -> EncoderCopy:
         for name in sorted(model.view.names(f"encoders/{stream}/")):
             leaf = name.rpartition("/")[2]
             field = LOOKUPS[stream].get(leaf)
-            if field is None:
-                found[f"{stream}/{leaf}"] = None
-            elif field in train.fields[stream]:
-                last = model.view.array_info(name)[0][0] - 1
-                rows = np.unique(np.minimum(train.fields[stream][field], last))
-                found[f"{stream}/{leaf}"] = tuple(rows.tolist())
+            size = model.view.array_info(name)[0][0] if field else 0
+            found[f"{stream}/{leaf}"] = tuple(_seen(train.fields[stream][field], size)) if field else None
     return found
+
+
+def _seen(values: np.ndarray, size: int) -> list[int]:
+    """The rows of a table of `size` that some of `values [t]` look up; read in slices, as the values may be mapped."""
+    seen = np.zeros(size, bool)
+    for begin in range(0, len(values), TOKENS_AT_ONCE):
+        seen[np.minimum(values[begin : begin + TOKENS_AT_ONCE], size - 1)] = True
+    return np.flatnonzero(seen).tolist()
 
 
 def encoder_components(model: Model, encoders: str, copied: EncoderCopy) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -35,15 +36,21 @@ def run_train(args: Namespace) -> None:
     model = train(_config(args), args.out, restart=args.restart, quiet=args.quiet)
     if not args.quiet:
         _print_tasks(model, "table")
-        print(f"Curves: {_draw_curves(Path(args.out))}")
+        if curves := _draw_curves(Path(args.out)):
+            print(f"Curves: {curves}")
         print(f"Next: pathways eval {args.out}, pathways show {args.out}, pathways stats {args.out} --plot")
 
 
-def _draw_curves(folder: Path) -> Path:
+def _draw_curves(folder: Path) -> Path | None:
+    """The picture's path; the model is committed by now, so what goes wrong here is a warning."""
     from pathways import plots
-    from pathways.monitor import METRICS, read_metrics
+    from pathways.monitor import CURVES, METRICS, read_metrics
 
-    return plots.save(plots.learning_curves(read_metrics(folder / METRICS)), folder / "curves.png")
+    try:
+        return plots.save(plots.learning_curves(read_metrics(folder / METRICS)), folder / CURVES)
+    except OSError as error:
+        warnings.warn(f"the curves were not drawn: {error}", stacklevel=2)
+        return None
 
 
 def run_lr_find(args: Namespace) -> None:
@@ -81,7 +88,7 @@ def run_add(args: Namespace) -> None:
         task,
         new_experts=args.new_experts,
         candidates=args.candidates,
-        own_encoder=not args.shared_encoder,
+        own_encoder=not args.no_own_encoder,
         steps=args.steps,
         seed=args.seed,
         quiet=args.quiet,

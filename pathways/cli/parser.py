@@ -205,7 +205,7 @@ def _add(command: Any) -> None:
     parser.add_argument("--on-bad", choices=("stop", "skip"), help="what an undecodable row does; stop by default")
     parser.add_argument("--new-experts", type=int, default=2, metavar="N", help="new experts a layer, 0 allowed [2]")
     parser.add_argument("--candidates", type=int, default=8, metavar="M", help="experts to reuse a layer, at most [8]")
-    parser.add_argument("--shared-encoder", action="store_true", help="train no copy of the encoders (words, ...)")
+    parser.add_argument("--no-own-encoder", action="store_true", help="train no copy of the encoders (words, ...)")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps; by the number of rows by default")
     parser.add_argument("--seed", type=int, default=0, help="of the search and the training [0]")
     parser.add_argument("--quiet", action="store_true", help="print no progress; the card is printed all the same")

@@ -38,7 +38,7 @@ from pathways.model import (
     row_chunked,
     task_document,
 )
-from pathways.monitor import EVENTS, METRICS, Monitor
+from pathways.monitor import CURVES, EVENTS, METRICS, Monitor
 from pathways.pathway import BASE, GateSpec, Pathway, private
 from pathways.predictions import predict_examples
 from pathways.profile import PROFILE_ROWS, profiles
@@ -93,21 +93,30 @@ def train(config: Config, out: str | Path, *, restart: bool = False, quiet: bool
             fix="train locally, then copy the folder; a model there can be opened, asked and added to",
         )
     folder = Path(out)
-    finished = (folder / STORE).exists() and Store.open(folder / STORE).has("manifest")
-    if finished and not restart:
-        model = Model.open(folder)
-        prepared = prepare(config, lambda line: None)
-        refuse_differences(model.manifest["trained"], fingerprint(prepared), folder)
-        return model
     if restart:
-        # A mistake in the configuration or the data must show before anything is thrown away.
         must_be_a_run(folder)
-        prepare(config, lambda line: None)
+    elif _finished(folder):
+        return _finished_model(config, folder)
     prepare_folder(folder)
     with sole_user(folder):
         if restart:
+            # A mistake in the configuration or the data must show before anything is thrown away.
+            prepare(config, lambda line: None)
             discard(folder)
+        elif _finished(folder):  # by another process, meanwhile
+            return _finished_model(config, folder)
         return _train(config, folder, quiet, console)
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / STORE).exists() and Store.open(folder / STORE).has("manifest")
+
+
+def _finished_model(config: Config, folder: Path) -> Model:
+    """The folder's model, which must be of this configuration and this data."""
+    model = Model.open(folder)
+    refuse_differences(model.manifest["trained"], fingerprint(prepare(config, lambda line: None)), folder)
+    return model
 
 
 def _train(config: Config, folder: Path, quiet: bool, console: Any) -> Model:
@@ -294,7 +303,7 @@ def discard(folder: Path) -> None:
     """Removes what a run left in a folder that is a run's; anything else there stays."""
     for name in ("checkpoints", STORE, STATISTICS, "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (METRICS, EVENTS, CONFIG, VERSIONS):
+    for name in (METRICS, EVENTS, CURVES, CONFIG, VERSIONS):
         (folder / name).unlink(missing_ok=True)
     if (folder / STORE).exists():
         raise UserError("The old model could not be removed.", where=str(folder))

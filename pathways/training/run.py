@@ -47,15 +47,21 @@ def sole_user(folder: Path) -> Iterator[None]:
 
     The system lets go of the lock when the process ends, however it ends.
 
+    Where the file system has no locks, nothing is held.
+
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or the lock cannot be written.
     """
     try:
         import fcntl
     except ImportError:  # not on Windows
         yield
         return
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    try:
+        opened = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError("The run's folder cannot be written.", where=str(folder / LOCK), got=str(error)) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -66,6 +72,9 @@ def sole_user(folder: Path) -> Iterator[None]:
                 got=f"process {file.read().strip() or 'unknown'}",
                 fix="wait until it is done, or choose another --out",
             ) from None
+        except OSError:
+            yield
+            return
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
