@@ -42,6 +42,7 @@ DECAYS = {
     **{f"audio/{name}": False for name in ("b_in", "position", "column")},
     "attention/qkv": True,
     "attention/output": True,
+    "attention/neighbours": False,
     **{f"dense/{name}": True for name in ("w_in", "w_out")},
     **{f"dense/{name}": False for name in ("b_in", "b_out")},
     **{f"{owner}/{name}": True for owner in ("mlp", "shared") for name in ("w_in", "w_out")},
