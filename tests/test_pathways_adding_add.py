@@ -169,9 +169,7 @@ def test_only_what_is_the_tasks_own_moves_in_training(tiny_model: Model, tmp_pat
     recipe = fit.make_recipe(tiny_model.config, splits[0], 8, 0.01, 0)
     monitor = adding.Monitor(tmp_path / "log", 8, quiet=True)
     with monitor:
-        sub, _ = fit.fit(
-            made.sub, splits[0], splits[1], recipe, monitor, own=fit.own_leaves(made), masks=fit.row_masks(made)
-        )
+        sub, _ = fit.fit(made.sub, splits[0], splits[1], recipe, monitor, trainable=fit.own_part(made))
     for path, leaf in sub.flat().items():
         moved, leaf = not np.array_equal(before[path], leaf), np.asarray(leaf)
         if "banks" in path:

@@ -105,20 +105,6 @@ def test_the_recipe_suits_the_size_of_the_data(tiny_model: Model) -> None:
     assert (asked.steps, asked.learning_rate, asked.seed) == (7, 0.1, 3)
 
 
-def test_masked_rows_do_not_move_whatever_their_gradient() -> None:
-    import jax
-    import jax.numpy as jnp
-
-    mask = fit.mask_rows({("bank",): np.array([[0.0], [1.0]])})
-    updates = {"bank": jnp.array([[np.nan, 3.0], [1.0, 2.0]]), "gate": jnp.ones(2)}
-    found, _ = mask.update(updates, mask.init(updates))
-    values = {"bank": jnp.array([[-0.0, 5.0], [1.0, 1.0]]), "gate": jnp.zeros(2)}
-    new = jax.tree.map(jnp.add, values, found)
-    assert np.signbit(np.asarray(new["bank"])[0, 0])
-    assert new["bank"].tolist() == [[0.0, 5.0], [2.0, 3.0]]
-    assert new["gate"].tolist() == [1.0, 1.0]
-
-
 def fitted(kind: Any, columns: tuple[str, ...] = ("t",), **fields: Any) -> FittedTask:
     return FittedTask(Task("x", "x.csv", Target(columns, kind)), **fields)
 

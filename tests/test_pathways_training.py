@@ -26,6 +26,7 @@ from pathways.training import joint, loop
 from pathways.training.checkpoint import Checkpoints
 from pathways.training.optimizer import decay_mask, make_optimizer, make_schedule, names
 from pathways.training.step import Metrics, TrainState, initial_state, make_step, per_example_loss
+from pathways.training.trainable import Trainable
 from tasks.batch import STREAMS
 from tasks.errors import UserError
 from tasks.losses import LOSS_CODE
@@ -409,3 +410,29 @@ def test_as_many_functions_are_compiled_for_3_tasks_as_for_300(tmp_path, cache_f
     assert few.count("jit(step)") == many.count("jit(step)") == 1
     assert few.count("jit(_forward)") == many.count("jit(_forward)") > 0
     assert many == few
+
+
+def test_rows_that_do_not_train_keep_their_bits() -> None:
+    network = nnx.Dict(
+        bank=nnx.Dict(w=nnx.Param(jnp.array([[-0.0, 5.0], [1.0, 1.0], [2.0, 2.0]]))),
+        stacked=nnx.Param(jnp.arange(12.0).reshape(2, 3, 2)),
+        gate=nnx.Param(jnp.zeros(2)),
+        trunk=nnx.Param(jnp.array([-0.0, 1.0])),
+    )
+    params = nnx.state(network, nnx.Param)
+    rows = {("bank", "w"): np.array([1]), ("stacked",): np.array([[2, 0], [1, 2]])}
+    trainable = Trainable(lambda path: path[-1] != "trunk", rows)
+    trained, rest = trainable.split(params)
+    assert {"/".join(names(path)): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(trained)[0]} == {
+        "bank/w": (1, 2),
+        "stacked": (2, 2, 2),
+        "gate": (2,),
+    }
+    assert trainable.count(params) == 2 + 8 + 2
+    found = nnx.to_pure_dict(trainable.join(jax.tree.map(lambda leaf: leaf + 100.0, trained), rest))
+    assert np.asarray(found["bank"]["w"]).tolist() == [[0.0, 5.0], [101.0, 101.0], [2.0, 2.0]]
+    assert np.signbit(np.asarray(found["bank"]["w"])[0, 0])
+    assert np.signbit(np.asarray(found["trunk"])[0])
+    added = np.asarray(found["stacked"]) - np.arange(12.0).reshape(2, 3, 2)
+    assert added[:, :, 0].tolist() == [[100.0, 0.0, 100.0], [0.0, 100.0, 100.0]]
+    assert np.asarray(found["gate"]).tolist() == [100.0, 100.0]

@@ -26,9 +26,7 @@ from pathways.adding.fit import (
     make_recipe,
     metric_of,
     metrics_of,
-    own_leaves,
-    row_masks,
-    trained_parameters,
+    own_part,
 )
 from pathways.adding.protect import make_probe
 from pathways.adding.search import Choice, choose, reference
@@ -113,11 +111,11 @@ def add_task(
     copied = touched(model, splits.train) if own_encoder else {}
     start = prepare(model, borrowed, choice, new_experts, seed, copied)
     digests = fingerprint(model.view, start.borrowed)
-    own, masks = own_leaves(start), row_masks(start)
-    trainable = trained_parameters(start.sub, own, masks)
+    own = own_part(start)
+    trainable = own.count(start.sub.params)
     say(_plan(start, recipe, trainable))
     with _monitor(model.path, task.name, recipe.config.steps, quiet, console) as monitor:
-        sub, progress = fit(start.sub, splits.train, splits.valid, recipe, monitor, own=own, masks=masks)
+        sub, progress = fit(start.sub, splits.train, splits.valid, recipe, monitor, trainable=own)
     whole, rows = take_apart(start, sub)
     value = metric_of(sub, splits.held)
     say("measuring the baselines")

@@ -1,21 +1,19 @@
 """Training one task in a sub-model: only what is its own moves.
 
-A network's bank holds borrowed and fresh experts in one array; their gradients and updates are masked row by row, so
-that borrowed rows stay as they were, bit for bit.
+A network's bank holds borrowed and fresh experts in one array, and a table of an encoder shared and copied rows: only
+the task's own rows are given to the optimizer, so that the others stay as they were, bit for bit.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from pathways.adding.start import Start
 from pathways.assemble import from_layers
@@ -29,6 +27,7 @@ from pathways.training.loop import Hooks, Interrupted, Progress
 from pathways.training.loop import train as run_loop
 from pathways.training.optimizer import make_optimizer, make_schedule, names
 from pathways.training.step import initial_state, make_step
+from pathways.training.trainable import EVERYTHING, Names, Trainable
 from tasks.batch import BatchShape
 from tasks.cache import EncodedSplit
 from tasks.errors import UserError
@@ -46,8 +45,6 @@ HEAD_RATE = 3.0
 VALIDATIONS, PATIENCE = 12, 8
 LOSS_WEIGHT = 1e-3
 """Of the loss in what early stopping looks at: it decides between equal accuracies, which small splits often have."""
-
-Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,58 +81,34 @@ def make_recipe(
     return Recipe(made, shape)
 
 
-def own_leaves(start: Start) -> Callable[[Names], bool]:
-    """Which leaves of the network belong to the new task, by path; banks do where a layer has fresh experts."""
+def own_part(start: Start) -> Trainable:
+    """What of the network belongs to the new task: of banks the fresh experts, of tables the copied rows."""
+    flat: dict[tuple[Any, ...], np.ndarray] = {}
+    routed = start.sub.config.model.routed_layers
     kinds = {kind for layer in start.fresh for kind in layer}
+    for path in start.sub.flat():
+        if path[0] == "encoders" and (copied := start.copied.get("/".join(path[1:]))) is not None:
+            flat[path] = np.array(copied, np.int64)
+        elif "banks" in path and (kind := path[path.index("banks") + 1]) in kinds:
+            layer = routed.index(path[1])
+            bank = start.sub.layout.experts[layer][kind]
+            flat[path] = np.flatnonzero(np.isin(bank, start.fresh[layer].get(kind, ())))
+    found = jax.tree_util.tree_flatten_with_path(from_layers(flat, start.sub.config.model))[0]
+    rows = {names(path): index for path, index in found}
 
     def own(path: Names) -> bool:
-        if path[0] in ("heads", "token_heads", "task_embedding"):
+        if path[0] in ("heads", "token_heads", "task_embedding") or path in rows:
             return True
         if path[0] == "encoders":
             return path[1] in start.made_encoders or "/".join(path[1:]) in start.copied
-        if "banks" in path:
-            return path[path.index("banks") + 1] in kinds
         return path[-1] == "scale" or path[-2:] in (("routed", "gate"), ("routed", "noise"))
 
-    return own
+    return Trainable(own, rows)
 
 
 def head_leaves(path: Names) -> bool:
     """Which leaves are heads."""
     return path[0] in ("heads", "token_heads")
-
-
-def row_masks(start: Start) -> dict[Names, np.ndarray]:
-    """Leaf of which only some rows are the task's own -> 1 for those and 0 for others, one number a row.
-
-    Of a bank (with layers stacked where they are scanned), the fresh experts; of an encoder's table, the copied rows.
-    """
-    config, layout, flat = start.sub.config.model, start.sub.layout, {}
-    routed = config.routed_layers
-    for path, leaf in start.sub.flat().items():
-        if "banks" in path:
-            layer, kind = routed.index(path[1]), path[path.index("banks") + 1]
-            new = np.isin(layout.experts[layer][kind], start.fresh[layer].get(kind, ()))
-            flat[path] = new.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
-        if path[0] == "encoders" and (rows := start.copied.get("/".join(path[1:]))) is not None:
-            new = np.isin(np.arange(leaf.shape[0]), rows)
-            flat[path] = new.astype(np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
-    tree = from_layers(flat, config)
-    return {names(path): mask for path, mask in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def mask_rows(masks: Mapping[Names, np.ndarray]) -> optax.GradientTransformation:
-    """Zeroes the rows of banks and tables that are not the task's own; other leaves pass."""
-
-    def one(path: Any, update: jax.Array) -> jax.Array:
-        mask = masks.get(names(path))
-        # Adding -0.0 changes no number, not even -0.0; 0.0 would turn that into 0.0.
-        return update if mask is None else jnp.where(mask > 0, update, -0.0)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree_util.tree_map_with_path(one, updates), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def fit(
@@ -145,14 +118,12 @@ def fit(
     recipe: Recipe,
     monitor: Monitor,
     *,
-    own: Callable[[Names], bool] | None = None,
-    masks: Mapping[Names, np.ndarray] | None = None,
+    trainable: Trainable = EVERYTHING,
 ) -> tuple[SubModel, Progress]:
     """Trains a sub-model of one task and leaves the best parameters on validation in it.
 
     Args:
-        own: which leaves train, by path; all by default.
-        masks: see `row_masks`.
+        trainable: what trains; all by default.
 
     Raises:
         UserError: it was stopped by a signal, or diverged.
@@ -161,10 +132,6 @@ def fit(
     schedule = make_schedule(config)
     rate_of = lambda path: HEAD_RATE if head_leaves(path) else 1.0  # noqa: E731
     optimizer = make_optimizer(config, schedule, rate_of)
-    if masks:
-        # Before, so that borrowed rows weigh nothing in the clipped norm; after, so that they do not decay.
-        optimizer = optax.chain(mask_rows(masks), optimizer, mask_rows(masks))
-    trainable = None if own is None else (lambda path: own(tuple(str(part) for part in path)))
     step = make_step(sub, optimizer, sub.config.balance, seed=config.seed, statistics=False, trainable=trainable)
     state = initial_state(sub, optimizer, statistics=False, trainable=trainable)
     held = Chosen(valid, subset(valid, config.eval_rows))
@@ -208,14 +175,3 @@ def metrics_of(sub: SubModel, split: EncodedSplit) -> dict[str, float]:
 def metric_of(sub: SubModel, split: EncodedSplit) -> float:
     """The chief one of them."""
     return metrics_of(sub, split)[metric_names(sub.entries[0].fitted)[0]]
-
-
-def trained_parameters(sub: SubModel, own: Callable[[Names], bool], masks: Mapping[Names, np.ndarray]) -> int:
-    """Numbers that training may change."""
-    total = 0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(sub.params)[0]:
-        where = names(path)
-        if own(where):
-            part = masks[where].mean() if where in masks else 1.0
-            total += round(leaf.size * float(part))
-    return total

@@ -16,6 +16,7 @@ from flax import nnx
 from pathways.config import BalanceOptions
 from pathways.network.network import Outputs, TaskTable
 from pathways.submodel import SubModel
+from pathways.training.trainable import EVERYTHING, Trainable
 from routing import counters
 from routing.balance import update_balance_bias
 from tasks.losses import example_loss, token_loss
@@ -90,7 +91,7 @@ def make_step(
     *,
     seed: int,
     statistics: bool,
-    trainable: Callable[[tuple[Any, ...]], bool] | None = None,
+    trainable: Trainable = EVERYTHING,
 ) -> Step:
     """Compiles a step for batches whose every array has a leading axis A.
 
@@ -99,13 +100,12 @@ def make_step(
     gradient is not finite leaves parameters, optimizer, bias and counts as they were.
 
     Args:
-        trainable: which leaves get gradients, by path; the others are constants of the step, so nothing is spent on
-            them. All by default.
+        trainable: what gets gradients; the rest is constant, so nothing is spent on it. All by default.
     """
     graph, table = sub.graph, sub.table
 
-    def loss_of(trained: Any, frozen: Any, bias: Any, batch: dict[str, Any], key: jax.Array):
-        params = trained if frozen is None else nnx.merge_state(trained, frozen)
+    def loss_of(trained: Any, rest: Any, bias: Any, batch: dict[str, Any], key: jax.Array):
+        params = trainable.join(trained, rest)
         out: Outputs = nnx.merge(graph, params, bias)(batch, table, balance, key=key, statistics=statistics)
         loss, known = per_example_loss(out, batch, table)
         extra = sum((layer.loss for layer in out.layers), jnp.zeros(()))
@@ -115,9 +115,9 @@ def make_step(
     grad_of = jax.value_and_grad(loss_of, has_aux=True)
 
     def micro(carry: Any, batch: dict[str, Any]):
-        trained, frozen, bias, grads, key, counts = carry
+        trained, rest, bias, grads, key, counts = carry
         key, here = jax.random.split(key)
-        (total, (loss, known, extra, layers)), new = grad_of(trained, frozen, bias, batch, here)
+        (total, (loss, known, extra, layers)), new = grad_of(trained, rest, bias, batch, here)
         task = jnp.where(batch["task"] >= 0, batch["task"], table.loss.shape[0])
         rows = table.loss.shape[0]
         sums = (
@@ -128,19 +128,19 @@ def make_step(
             counts = tuple(counters.add(a, layer.counters) for a, layer in zip(counts, layers, strict=True))
         load = tuple(layer.load for layer in layers)
         grads = new if grads is None else jax.tree.map(jnp.add, grads, new)
-        return (trained, frozen, bias, grads, key, counts), (total, extra, *sums, load)
+        return (trained, rest, bias, grads, key, counts), (total, extra, *sums, load)
 
     def step(state: TrainState, batches: dict[str, Any]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        trained, frozen = _split(state.params, trainable)
+        trained, rest = trainable.split(state.params)
         num = batches["segment"].shape[0]
         if num == 1:
-            start = (trained, frozen, state.bias, None, key, state.counts)
+            start = (trained, rest, state.bias, None, key, state.counts)
             carry, out = micro(start, jax.tree.map(lambda leaf: leaf[0], batches))
             out = jax.tree.map(lambda leaf: leaf[None], out)
         else:
             zeros = jax.tree.map(jnp.zeros_like, trained)
-            carry, out = jax.lax.scan(micro, (trained, frozen, state.bias, zeros, key, state.counts), batches)
+            carry, out = jax.lax.scan(micro, (trained, rest, state.bias, zeros, key, state.counts), batches)
         grads, counts = carry[3], carry[5]
         grads = jax.tree.map(lambda g: g / num, grads)
         totals, extras, losses, rows, loads = out
@@ -158,7 +158,7 @@ def make_step(
 
         trained, opt_state, bias, counts = jax.lax.cond(finite, apply, skip, None)
         bad = jnp.where(finite, 0, state.bad + 1)
-        params = trained if frozen is None else nnx.merge_state(trained, frozen)
+        params = trainable.join(trained, rest)
         total_bad = state.bad_total + jnp.where(finite, 0, 1)
         new = TrainState(params, bias, opt_state, state.step + 1, bad, total_bad, counts)
         imbalance = jnp.stack([jnp.max(x) / jnp.maximum(jnp.mean(x), 1e-9) for x in load]) if load else jnp.ones((1,))
@@ -185,11 +185,11 @@ def initial_state(
     optimizer: optax.GradientTransformation,
     *,
     statistics: bool,
-    trainable: Callable[[tuple[Any, ...]], bool] | None = None,
+    trainable: Trainable = EVERYTHING,
 ) -> TrainState:
     """The state before the first step. The sub-model's arrays are copied, so donation leaves them intact."""
     params = sub.params
-    trained, _ = _split(params, trainable)
+    trained, _ = trainable.split(params)
     counts = ()
     if statistics:
         counts = tuple(
@@ -199,13 +199,6 @@ def initial_state(
     state = TrainState(params, sub.bias, jax.jit(optimizer.init)(trained), zero, zero, zero, counts)
     # Every donated buffer must be its own.
     return jax.tree.map(jnp.copy, state)
-
-
-def _split(params: Any, trainable: Callable[[tuple[Any, ...]], bool] | None) -> tuple[Any, Any]:
-    if trainable is None:
-        return params, None
-    trained, frozen = nnx.split_state(params, lambda path, _: trainable(path), ...)
-    return trained, frozen
 
 
 def _new_bias(bias: Any, loads: Sequence[jax.Array], slots: Sequence[jax.Array], rate: float) -> Any:
