@@ -22,6 +22,7 @@ from pathways.monitor import Monitor
 from pathways.predictions import run_shape
 from pathways.quality import Chosen, kept_words, word_classes
 from pathways.submodel import SubModel
+from pathways.training.trainable import Trainable
 from tasks import metrics
 from tasks.cache import EncodedSplit
 from tasks.fitted import FittedTask
@@ -59,7 +60,7 @@ def probe(sub: SubModel, train: EncodedSplit, held: EncodedSplit, recipe: Recipe
     fitted = sub.entries[0].fitted
     if fitted.is_token_level:
         with silent(recipe) as monitor:
-            trained, _ = fit(sub, train, valid, recipe, monitor, own=head_leaves)
+            trained, _ = fit(sub, train, valid, recipe, monitor, trainable=Trainable(head_leaves))
         return metric_of(trained, held)
     rows = subset(train, PROBE_ROWS)
     x, x_held = pooled(sub, train, rows), pooled(sub, held, range(len(held)))
