@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pathways.adding import baselines, fit, search
+from pathways.adding import baselines, fit, search, start
+from pathways.data import encode_tasks, fit_tasks, streams_of
 from pathways.model import Model
 from tasks.errors import UserError
 from tasks.fitted import FittedTask
@@ -167,3 +169,17 @@ def test_the_constant_baseline_by_hand(task: FittedTask, y: Any, mask: Any, expe
 
     rows: Any = Rows()
     assert baselines.constant(task, rows) == pytest.approx(expected)
+
+
+def test_a_tagger_is_probed_by_training_its_head_alone(tiny_model: Model, cache_folder: Path) -> None:
+    item = fit_tasks([replace(tiny_model.entry("words").fitted.task, name="again")])[0]
+    train, valid = (
+        encode_tasks([item], split, tiny_model.tokenizer, tiny_model.config.encoders, cache_folder)[0]
+        for split in ("train", "valid")
+    )
+    borrowed = start.reference_submodel(tiny_model, item, streams_of(item), ("base", "base"), 0)
+    before = {path: np.array(leaf) for path, leaf in borrowed.flat().items()}
+    recipe = fit.make_recipe(tiny_model.config, train, 30, 0.05, 0)
+    assert baselines.probe(borrowed, train, valid, recipe, valid) > baselines.constant(item, valid) + 0.1
+    moved = {path[0] for path, leaf in borrowed.flat().items() if not np.array_equal(before[path], leaf)}
+    assert moved <= {"token_heads"}
