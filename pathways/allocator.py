@@ -2,7 +2,7 @@
 
 XLA's CPU backend allocates its temporary buffers afresh in every step. By default glibc maps large ones from the system
 and gives them back when they are freed, so each step pays for its page faults again: a step of the shared-data model
-took 0.21 s by default and 0.14 s with the settings below (docs/benchmarks.md).
+took 1.6 times as long by default as with the settings below (docs/benchmarks.md).
 """
 
 from __future__ import annotations
