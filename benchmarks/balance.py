@@ -49,10 +49,12 @@ class Setting:
 WEIGHTS = ((0.0, 0.0), (0.2, 0.0), (0.0, 0.2), (0.1, 0.1), (0.01, 0.01), (1.0, 1.0))
 """Of the importance and the load loss, as in the paper's table."""
 
+SWITCH_WEIGHTS = (0.1, 0.3, 1.0)
+
 SETTINGS = (
     *(Setting(f"importance {i:g}, load {j:g}", "noisy_top_k", replace(NONE, importance=i, load=j)) for i, j in WEIGHTS),
     Setting("softmax, no balancing", "softmax_top_k", NONE),
-    Setting("softmax, Switch loss 0.1", "softmax_top_k", replace(NONE, load_balancing=0.1)),
+    *(Setting(f"softmax, Switch loss {i:g}", "softmax_top_k", replace(NONE, load_balancing=i)) for i in SWITCH_WEIGHTS),
     Setting("sigmoid, no balancing", "sigmoid_top_k", NONE),
     Setting("sigmoid, bias step 0.005", "sigmoid_top_k", replace(NONE, bias_rate=0.005)),
 )
