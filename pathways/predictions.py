@@ -6,7 +6,7 @@ so that asking many tasks compiles few programs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from pathways.submodel import SubModel
-from tasks.batch import BatchShape
+from tasks.batch import Batch, BatchShape
 from tasks.encoded import Example
 from tasks.fitted import FittedTask
 from tasks.pack import Packer
@@ -59,6 +59,28 @@ def run_shape(sub: SubModel, streams: Iterable[str], small: bool = False) -> Bat
     )
 
 
+def packed(
+    sub: SubModel, shape: BatchShape, examples: Iterable[tuple[str, Example]]
+) -> Iterator[tuple[Batch, list[Example]]]:
+    """Batches of (task, example), in their order, and the examples that each batch holds.
+
+    Raises:
+        ValueError: an example that no batch of this shape can hold.
+    """
+    packer, held = Packer(shape), []
+    for task, example in examples:
+        number = sub.number(task)
+        if not packer.add(number, example):
+            if held:
+                yield packer.batch(), held
+                packer, held = Packer(shape), []
+            if not packer.add(number, example):
+                raise ValueError(f"an example of task {task} fits no batch: {packer.explain(number, example)}")
+        held.append(example)
+    if held:
+        yield packer.batch(), held
+
+
 def predict_examples(
     sub: SubModel,
     examples: Mapping[str, Examples],
@@ -85,32 +107,17 @@ def _run_group(
     sub: SubModel, streams: frozenset[str], examples: Mapping[str, Examples], counted: Callable[[Any], None] | None
 ) -> dict[str, Predicted]:
     flat = [(task, i) for task, items in examples.items() for i in range(len(items))]
-    found: dict[str, list[Any]] = {task: [None] * len(items) for task, items in examples.items()}
+    found: dict[str, list[Any]] = {task: [] for task in examples}
     tokens = sum(examples[task][i].length for task, i in flat[: 2 * SMALL_ROWS * sub.config.encoders.max_length])
     small = len(flat) < 2 * SMALL_ROWS * 16 and tokens <= SMALL_ROWS * sub.config.encoders.max_length // 2
     shape = run_shape(sub, streams, small)
-    start = 0
-    while start < len(flat):
-        packer, stop = Packer(shape), start
-        held: list[Example] = []
-        while stop < len(flat):
-            task, i = flat[stop]
-            example = examples[task][i]
-            if not packer.add(sub.number(task), example):
-                break
-            held.append(example)
-            stop += 1
-        if stop == start:
-            task, i = flat[start]
-            raise ValueError(f"example {i} of task {task} fits no batch: {packer.explain(0, examples[task][i])}")
-        batch = packer.batch()
+    for batch, held in packed(sub, shape, ((task, examples[task][i]) for task, i in flat)):
         out = sub.run(batch, statistics=counted is not None)
         if counted is not None:
             counted(tuple(layer.counters for layer in out.layers))
         rows = _rows(sub, batch, jax.device_get((out.logits, out.token_logits)), held)
-        for (task, i), row in zip(flat[start:stop], rows, strict=True):
-            found[task][i] = row
-        start = stop
+        for number, row in zip(batch["task"].tolist(), rows, strict=False):
+            found[sub.names[number]].append(row)
     return {task: _finish(sub.entries[sub.number(task)].fitted, rows, examples[task]) for task, rows in found.items()}
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from pathways.predictions import run_shape
+from pathways.predictions import packed, run_shape
 from pathways.submodel import SubModel
 from tasks.encoded import Example
-from tasks.pack import Packer
 
 PROFILE_ROWS = 64
 """Examples of each task that its profile is made from."""
@@ -23,16 +22,11 @@ def profiles(sub: SubModel, examples: Mapping[str, Sequence[Example]]) -> dict[s
     The embedding is the mean over examples of the pooled rows after the last norm; usage is the share of the task's
     choices that each expert took. `usage` lists the experts of this sub-model: `{kind: {index: share}}`.
     """
-    flat = [(task, example) for task, items in examples.items() for example in items]
+    named = ((task, example) for task, items in examples.items() for example in items)
     total = np.zeros((len(sub.names), sub.config.model.width))
     seen = np.zeros(len(sub.names))
     rows: list[np.ndarray] = []
-    shape = run_shape(sub, sub.layout.size.streams)
-    while flat:
-        packer = Packer(shape)
-        while flat and packer.add(sub.number(flat[0][0]), flat[0][1]):
-            flat.pop(0)
-        batch = packer.batch()
+    for batch, _ in packed(sub, run_shape(sub, sub.layout.size.streams), named):
         out = sub.run(batch, statistics=True)
         pooled, counters = jax.device_get((out.pooled, [layer.counters.rows for layer in out.layers if layer.counters]))
         task = np.asarray(batch["task"])

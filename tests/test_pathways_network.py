@@ -18,7 +18,7 @@ from pathways.assemble import by_layer, components
 from pathways.config import BalanceOptions, GateOptions
 from pathways.network.encoders import LOOKUPS, make_encoder
 from pathways.network.layers import Attention, add_neighbours, dropout, segment_mean
-from pathways.predictions import predict_examples, run_shape
+from pathways.predictions import packed, predict_examples, run_shape
 from pathways.submodel import abstract_network, fitting
 from pathways.training.joint import examples_of
 from pathways.training.step import per_example_loss
@@ -166,6 +166,16 @@ def test_neighbours_by_hand():
     scale = jnp.array([[0.5], [10.0], [100.0]])  # of the one two before, the one before, the one after
     mixed = add_neighbours(x, segment, scale, (-2, -1, 1))[0, :, 0]
     assert mixed.tolist() == [1 + 200, 2 + 10 + 400, 4 + 20 + 0.5, 8 + 1600, 16 + 80]
+
+
+def test_an_example_that_fits_no_batch_is_told_and_not_tried_for_ever(made):
+    prepared, sub, _ = made()
+    examples = [(sub.names[0], prepared.data.train[0].example(i)) for i in range(2)]
+    shape = run_shape(sub, sub.layout.size.streams)
+    assert [len(held) for _, held in packed(sub, shape, examples)] == [2]
+    assert [len(held) for _, held in packed(sub, replace(shape, examples=1), examples)] == [1, 1]
+    with pytest.raises(ValueError, match=f"an example of task {sub.names[0]} fits no batch"):
+        list(packed(sub, replace(shape, length=1), examples))
 
 
 @pytest.mark.parametrize("stream", STREAMS)

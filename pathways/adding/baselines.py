@@ -19,14 +19,13 @@ import numpy as np
 from pathways.adding.fit import Recipe, fit, head_leaves, metric_of
 from pathways.data import subset
 from pathways.monitor import Monitor
-from pathways.predictions import run_shape
+from pathways.predictions import packed, run_shape
 from pathways.quality import Chosen, kept_words, word_classes
 from pathways.submodel import SubModel
 from pathways.training.trainable import Trainable
 from tasks import metrics
 from tasks.cache import EncodedSplit
 from tasks.fitted import FittedTask
-from tasks.pack import Packer
 from tasks.target import decode_outputs
 
 CONSTANT, PROBE, SCRATCH = "majority or mean", "linear probe on the frozen model", "same network from scratch"
@@ -85,14 +84,11 @@ def silent(recipe: Recipe) -> Iterator[Monitor]:
 
 def pooled(sub: SubModel, split: EncodedSplit, rows: Any) -> np.ndarray:
     """`[n, D]`: the mean of each example's rows after the last norm."""
-    found, shape, left = [], run_shape(sub, split.streams), list(rows)
-    while left:
-        packer = Packer(shape)
-        while left and packer.add(0, split.example(left[0])):
-            left.pop(0)
+    found = []
+    for batch, held in packed(sub, run_shape(sub, split.streams), ((sub.names[0], split.example(i)) for i in rows)):
         # With statistics, because the search compiled that program already.
-        out = sub.run(packer.batch(), statistics=True)
-        found.append(np.asarray(jax.device_get(out.pooled))[: len(packer)])
+        out = sub.run(batch, statistics=True)
+        found.append(np.asarray(jax.device_get(out.pooled))[: len(held)])
     return np.concatenate(found) if found else np.zeros((0, sub.config.model.width), np.float32)
 
 

@@ -97,7 +97,7 @@ def own_part(start: Start) -> Trainable:
     rows = {names(path): index for path, index in found}
 
     def own(path: Names) -> bool:
-        if path[0] in ("heads", "token_heads", "task_embedding") or path in rows:
+        if head_leaves(path) or path[0] == "task_embedding" or path in rows:
             return True
         if path[0] == "encoders":
             return path[1] in start.made_encoders or "/".join(path[1:]) in start.copied
