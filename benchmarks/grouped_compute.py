@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kind", default="mlp")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--block-size", type=int, default=None)
-    parser.add_argument("--backends", nargs="+", default=["dense", "sorted"])
+    parser.add_argument("--backends", nargs="+", default=["dense", "buckets", "native"])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--quick", action="store_true", help="a few seconds: fewer rows, experts and repeats")
     args = parser.parse_args(argv)

@@ -1,4 +1,5 @@
-"""Times whole training steps of a configuration: sparse and dense, statistics on and off, freed memory kept or not.
+"""Times whole training steps of a configuration: sparse and dense, by the backends of CPU, statistics on and off,
+freed memory kept or not.
 
     python -m benchmarks.train_step                                  # configs/shared.toml
     python -m benchmarks.train_step --config configs/quickstart.toml --steps 40
@@ -18,12 +19,14 @@ import sys
 import time
 from pathlib import Path
 
+from experts.compute import OVERRIDE
 from pathways.allocator import SWITCH
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = {
     "sparse": {},
     "sparse, no statistics": {"counts": "0"},
+    "sparse, plain XLA": {OVERRIDE: "buckets"},
     "sparse, memory not kept": {SWITCH: "0"},
     "dense": {"dense": "1"},
     "dense, memory not kept": {"dense": "1", SWITCH: "0"},
@@ -71,7 +74,7 @@ def measure(way: dict[str, str], options: argparse.Namespace) -> list[float]:
     flags = ["--dense"] * ("dense" in way) + ["--no-counts"] * ("counts" in way)
     command = [sys.executable, "-m", "benchmarks.train_step", "--one", "--config", str(options.config)]
     command += ["--steps", str(options.steps), "--dtype", way.get("dtype", "float32"), *flags]
-    environment = {**os.environ, SWITCH: way.get(SWITCH, "1")}
+    environment = {**os.environ, SWITCH: way.get(SWITCH, "1"), OVERRIDE: way.get(OVERRIDE, "auto")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -1,9 +1,12 @@
 """Kinds of experts: how a bank of each is made and applied, and what it costs.
 
-Axis letters: E experts in a bank, n experts applied at once, b rows of each, D width, F hidden width.
+Axis letters: E experts in a bank, n experts applied at once, b rows of each, D width, F hidden width, A inputs and Z
+outputs of a product.
 
-Experts know nothing of routing: they map rows to rows. The type of `x` is the compute type: parameters are cast to it,
-products accumulate in float32 (or in float64 for float64 rows).
+Experts know nothing of routing: they map rows to rows. A kind is written once, in terms of an affine map with a matrix
+for each expert; how the rows of many experts lie in memory is the business of that map, so each backend brings its own.
+The type of `x` is the compute type: parameters are cast to it, products accumulate in float32 (or in float64 for
+float64 rows).
 """
 
 from __future__ import annotations
@@ -19,6 +22,16 @@ import jax.numpy as jnp
 Bank = dict[str, jax.Array]
 """The experts of one kind in one layer, stacked: each leaf `[E, ...]`. The identity bank has no leaves."""
 
+Affine = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+"""`(rows, w [n, A, Z], b [n, Z] or None) -> rows` in the accumulator's type: each row by its own expert's matrix."""
+
+
+def batched(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
+    """The affine map of rows `[n, b, A]` that stand expert by expert, `[n, b, Z]`."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.einsum("nba,naz->nbz", x, w.astype(x.dtype), preferred_element_type=wide)
+    return y if b is None else y + b.astype(wide)[:, None]
+
 
 @dataclass(frozen=True)
 class ExpertKind:
@@ -27,7 +40,8 @@ class ExpertKind:
     Attributes:
         name: its key in `KINDS`.
         init: `(key, num, width, hidden, dtype: Any) -> Bank`.
-        apply: `(bank of n experts, x [n, b, D]) -> [n, b, D]`, of x's type.
+        apply: `(bank of n experts, x [n, b, D]) -> [n, b, D]`, of x's type; or, given as a third argument an affine
+            map for rows that lie otherwise, the same for such rows.
         parameters: `(width, hidden) -> int`, of one expert.
         operations: `(width, hidden) -> int`, floating-point operations of the forward products for one row.
         output_names: the leaves that are zero in a fresh expert; with them zero, `apply` gives exactly zero.
@@ -35,7 +49,7 @@ class ExpertKind:
 
     name: str
     init: Callable[[jax.Array, int, int, int, Any], Bank]
-    apply: Callable[[Bank, jax.Array], jax.Array]
+    apply: Callable[..., jax.Array]
     parameters: Callable[[int, int], int]
     operations: Callable[[int, int], int]
     output_names: tuple[str, ...] = ()
@@ -81,12 +95,6 @@ def get_kind(name: str) -> ExpertKind:
     return KINDS[name]
 
 
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """`[n, b, A] x [n, A, Z] -> [n, b, Z]` in the accumulator's type."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.einsum("nba,naz->nbz", x, w.astype(x.dtype), preferred_element_type=wide)
-
-
 def _lecun(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:
     """Normal of variance 1 / fan-in, the fan-in being the middle axis."""
     return (jax.random.normal(key, shape, jnp.float32) / jnp.sqrt(shape[1])).astype(dtype)
@@ -102,11 +110,9 @@ def _init_mlp(key: jax.Array, num: int, width: int, hidden: int, dtype: Any) -> 
     }
 
 
-def _apply_mlp(bank: Bank, x: jax.Array) -> jax.Array:
-    hidden = _product(x, bank["w_in"])
-    hidden = jax.nn.gelu(hidden + bank["b_in"].astype(hidden.dtype)[:, None]).astype(x.dtype)
-    out = _product(hidden, bank["w_out"])
-    return (out + bank["b_out"].astype(out.dtype)[:, None]).astype(x.dtype)
+def _apply_mlp(bank: Bank, x: jax.Array, affine: Affine = batched) -> jax.Array:
+    hidden = jax.nn.gelu(affine(x, bank["w_in"], bank["b_in"])).astype(x.dtype)
+    return affine(hidden, bank["w_out"], bank["b_out"]).astype(x.dtype)
 
 
 def _init_swiglu(key: jax.Array, num: int, width: int, hidden: int, dtype: Any) -> Bank:
@@ -118,9 +124,9 @@ def _init_swiglu(key: jax.Array, num: int, width: int, hidden: int, dtype: Any) 
     }
 
 
-def _apply_swiglu(bank: Bank, x: jax.Array) -> jax.Array:
-    hidden = jax.nn.silu(_product(x, bank["w_gate"])) * _product(x, bank["w_up"])
-    return _product(hidden.astype(x.dtype), bank["w_down"]).astype(x.dtype)
+def _apply_swiglu(bank: Bank, x: jax.Array, affine: Affine = batched) -> jax.Array:
+    hidden = jax.nn.silu(affine(x, bank["w_gate"], None)) * affine(x, bank["w_up"], None)
+    return affine(hidden.astype(x.dtype), bank["w_down"], None).astype(x.dtype)
 
 
 MLP = register(
@@ -147,7 +153,7 @@ IDENTITY = register(
     ExpertKind(
         "identity",
         init=lambda key, num, width, hidden, dtype: {},
-        apply=lambda bank, x: x,
+        apply=lambda bank, x, affine=batched: x,
         parameters=lambda width, hidden: 0,
         operations=lambda width, hidden: 0,
     )

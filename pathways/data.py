@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experts.native import user_cache
 from pathways.config import Config
 from tasks.batch import STREAMS, BatchShape
 from tasks.cache import EncodedSplit, encode_split
@@ -33,8 +34,7 @@ TOKENIZER_ROWS = 20_000
 
 def cache_folder() -> Path:
     """Where encoded data and compiled programs are kept: `$PATHWAYS_CACHE`, else the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("PATHWAYS_CACHE") or f"{home}/pathways").expanduser()
+    return user_cache()
 
 
 def cache_bytes() -> int:

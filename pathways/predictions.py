@@ -116,7 +116,7 @@ def _run_group(
         if counted is not None:
             counted(tuple(layer.counters for layer in out.layers))
         rows = _rows(sub, batch, jax.device_get((out.logits, out.token_logits)), held)
-        for number, row in zip(batch["task"].tolist(), rows, strict=False):
+        for number, row in zip(np.asarray(batch["task"]), rows, strict=False):  # it may have room for more
             found[sub.names[number]].append(row)
     return {task: _finish(sub.entries[sub.number(task)].fitted, rows, examples[task]) for task, rows in found.items()}
 

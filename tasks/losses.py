@@ -34,15 +34,16 @@ def example_loss(logits: jax.Array, y: jax.Array, y_mask: jax.Array, code: jax.A
         code: `[N]` int, of `LOSS_CODE`.
 
     Returns:
-        `[N]`: cross-entropy over the masked outputs, or the mean over them of the others; 0 where nothing is known.
+        `[N]`: cross-entropies summed over the known outputs (minus the log-likelihood of all that is known), errors of
+        regression averaged over them; 0 where nothing is known.
     """
     known = y_mask > 0
     count = jnp.maximum(known.sum(axis=-1), 1).astype(logits.dtype)
     logits = jnp.where(known, logits, 0.0)
     y = jnp.where(known, y, 0.0)
 
-    def mean(values: jax.Array) -> jax.Array:
-        return jnp.where(known, values, 0.0).sum(axis=-1) / count
+    def total(values: jax.Array) -> jax.Array:
+        return jnp.where(known, values, 0.0).sum(axis=-1)
 
     error = logits - y
     size = jnp.abs(error)
@@ -50,10 +51,10 @@ def example_loss(logits: jax.Array, y: jax.Array, y_mask: jax.Array, code: jax.A
     losses = jnp.stack(
         [
             _softmax_cross_entropy(logits, y, known),
-            mean(jax.nn.softplus(logits) - logits * y),
-            mean(jnp.square(error)),
-            mean(size),
-            mean(huber),
+            total(jax.nn.softplus(logits) - logits * y),
+            total(jnp.square(error)) / count,
+            total(size) / count,
+            total(huber) / count,
         ]
     )
     return jnp.take_along_axis(losses, code[None, :].astype(jnp.int32), axis=0)[0]

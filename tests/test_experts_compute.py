@@ -12,10 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_close
 
-from experts.compute import BACKENDS, Placed, apply_experts, bucket_capacity
+from experts import native
+from experts.buckets import bucket_capacity
+from experts.compute import BACKENDS, Placed, apply_experts, choose_backend
 from experts.kinds import KINDS, get_kind
 from routing.plan import Plan
 
+HERE = sorted(set(BACKENDS) - (set() if native.available() else {"native"}))
+"""The backends that this machine has; `native` needs a compiler."""
 WIDTH, HIDDEN = 6, 10
 SLOTS = {"mlp": (0, 5), "swiglu": (5, 3), "identity": (8, 1)}
 NUM_SLOTS = 9
@@ -104,7 +108,7 @@ def one_expert(kind: str, p: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray
 
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", HERE)
 def test_every_backend_equals_the_oracle(backend, dtype, load):
     params, x, slot, weight = problem(load)
     params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, x))
@@ -115,7 +119,7 @@ def test_every_backend_equals_the_oracle(backend, dtype, load):
     jax.tree.map(lambda a, b: assert_close(np.asarray(a, np.float64), b, dtype), grads, expected_grads)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "native"])
 def test_float64_is_kept(backend):
     with jax.enable_x64(True):
         params, x, slot, weight = jax.tree.map(jnp.asarray, problem("skewed"))
@@ -124,13 +128,14 @@ def test_float64_is_kept(backend):
     jax.tree.map(lambda a, b: assert_close(a, b, "float64"), grads, oracle("skewed")[1])
 
 
-@given(st.lists(st.integers(0, NUM_SLOTS + 3), min_size=2 * ROWS, max_size=2 * ROWS))
-def test_wild_plans(slots):
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "dense"])
+@given(slots=st.lists(st.integers(0, NUM_SLOTS + 3), min_size=2 * ROWS, max_size=2 * ROWS))
+def test_wild_plans(backend, slots):
     """Any slots, repeated ones and ones past the end too."""
     slot = jnp.asarray(slots, jnp.int32).reshape(ROWS, 2)
     params, x, _, weight = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), problem("even"))
     for actual, desired in zip(
-        jax.tree.leaves(run(params, x, weight, slot, "sorted")),
+        jax.tree.leaves(run(params, x, weight, slot, backend)),
         jax.tree.leaves(run(params, x, weight, slot, "dense")),
         strict=True,
     ):
@@ -140,11 +145,11 @@ def test_wild_plans(slots):
 @pytest.mark.parametrize("block_size", [1, 8, 64])
 def test_any_block_size(block_size):
     params, x, slot, weight = jax.tree.map(jnp.asarray, problem("one kind"))
-    y = jax.jit(lambda p, x: apply(p, x, weight, slot, "sorted", block_size))(params, x)
+    y = jax.jit(lambda p, x: apply(p, x, weight, slot, "buckets", block_size))(params, x)
     assert_close(y, oracle("one kind")[0])
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", HERE)
 def test_a_row_that_is_nowhere_spoils_nothing(backend):
     params, x, slot, weight = problem("even")
     slot[[0, 7]], weight[[0, 7]] = NUM_SLOTS, 0
@@ -159,14 +164,15 @@ def test_a_row_that_is_nowhere_spoils_nothing(backend):
     jax.tree.map(np.testing.assert_array_equal, grads, good_grads)
 
 
-def test_no_activation_is_scattered():
-    """Forward and backward of the sorted backend hold no floating-point scatter outside the overflow's weights."""
+@pytest.mark.parametrize("backend", [name for name in HERE if name in ("buckets", "native")])
+def test_no_activation_is_scattered(backend):
+    """Forward and backward on CPU hold no floating-point scatter outside the overflow's weights."""
     params, x, slot, weight = problem("even")
     params, x, weight = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, x, weight))
-    grad = jax.grad(lambda p, x, w: apply(p, x, w, jnp.asarray(slot), "sorted").sum(), argnums=(0, 1, 2))
+    grad = jax.grad(lambda p, x, w: apply(p, x, w, jnp.asarray(slot), backend).sum(), argnums=(0, 1, 2))
     found = [eqn for eqn in equations(jax.make_jaxpr(grad)(params, x, weight).jaxpr) if "scatter" in eqn.primitive.name]
     floating = [eqn.outvars[0].aval for eqn in found if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)]
-    shapes = {leaf.shape for bank in params.values() for leaf in bank.values()}
+    shapes = {leaf.shape for bank in params.values() for leaf in bank.values()} if backend == "buckets" else set()
     assert found
     assert all(aval.shape in shapes for aval in floating), floating
 
@@ -192,7 +198,7 @@ def test_mistakes_are_told():
     params, x, slot, weight = problem("one row")
     plan = Plan(jnp.asarray(slot), jnp.asarray(weight))
     mlp = params["mlp"]
-    with pytest.raises(ValueError, match="unknown backend 'fast', expected auto or one of dense"):
+    with pytest.raises(ValueError, match="unknown backend 'fast', expected auto or one of buckets"):
         apply_experts({"mlp": (mlp, 0, 5)}, x, plan, backend="fast")
     with pytest.raises(ValueError, match="slots 4..6 of 'swiglu' overlap 'mlp', which ends at slot 4"):
         apply_experts({"mlp": (mlp, 0, 5), "swiglu": (params["swiglu"], 4, 3)}, x, plan)
@@ -202,6 +208,24 @@ def test_mistakes_are_told():
         apply_experts({"mlp": (mlp, 0, 5)}, x[:0], plan)
     with pytest.raises(ValueError, match="block_size of at least 1, got 0"):
         apply_experts({"mlp": (mlp, 0, 5)}, x, plan, block_size=0)
+
+
+def test_the_choice(monkeypatch):
+    monkeypatch.delenv("PATHWAYS_BACKEND", raising=False)
+    fast = "native" if native.available() else "buckets"
+    assert [choose_backend(dtype, "cpu") for dtype in (jnp.float32, jnp.bfloat16, jnp.float64)] == [
+        fast,
+        "buckets",
+        "buckets",
+    ]
+    assert choose_backend(jnp.float32, "gpu") == choose_backend(jnp.bfloat16, "tpu") == "ragged"
+    monkeypatch.setenv("PATHWAYS_BACKEND", "dense")
+    assert choose_backend(jnp.float32) == "dense"
+    monkeypatch.setenv("PATHWAYS_BACKEND", "bukets")
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'bukets' in \$PATHWAYS_BACKEND, expected auto or one of buckets"
+    ):
+        choose_backend(jnp.float32)
 
 
 def test_every_registered_kind_is_tested_here():

@@ -21,7 +21,7 @@ def oracle(name: str, z: np.ndarray, y: np.ndarray) -> float:
         return float(-(y * (z - z.max() - np.log(np.exp(z - z.max()).sum()))).sum())
     if name == "sigmoid_cross_entropy":
         p = 1 / (1 + np.exp(-z))
-        return float(-(y * np.log(p) + (1 - y) * np.log(1 - p)).mean())
+        return float(-(y * np.log(p) + (1 - y) * np.log(1 - p)).sum())
     e = np.abs(z - y)
     return float(
         {"squared_error": e**2, "absolute_error": e, "huber": np.where(e <= 1, e**2 / 2, e - 0.5)}[name].mean()
@@ -56,12 +56,12 @@ def test_example_losses_equal_the_oracle():
 
 
 def test_worked_by_hand():
-    # softmax over two of three outputs, equal logits: ln 2. Sigmoid at logit 0: ln 2. Squared: (1 + 9) / 2 = 5.
-    # Absolute: (1 + 3) / 2 = 2. Huber: (0.5 + 2.5) / 2 = 1.5.
+    # softmax over two of three outputs, equal logits: ln 2. Sigmoid at two logits of 0: 2 ln 2.
+    # Squared: (1 + 9) / 2 = 5. Absolute: (1 + 3) / 2 = 2. Huber: (0.5 + 2.5) / 2 = 1.5.
     z = jnp.array([[4.0, 4.0, 9.0], [0, 0, 0], [1, 3, 0], [1, 3, 0], [1, 3, 0]])
     y = jnp.array([[1.0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
     mask = jnp.array([[1.0, 1, 0]] * 5)
-    assert_close(example_loss(z, y, mask, jnp.arange(5)), [np.log(2), np.log(2), 5, 2, 1.5])
+    assert_close(example_loss(z, y, mask, jnp.arange(5)), [np.log(2), 2 * np.log(2), 5, 2, 1.5])
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf, 1e30])
@@ -96,7 +96,7 @@ def test_extreme_logits_stay_finite():
     z = jnp.array([[1e4, -1e4]] * 2)
     y = jnp.array([[0.0, 1.0]] * 2)
     loss = example_loss(z, y, jnp.ones_like(y), jnp.array([0, 1]))
-    assert_close(loss, [2e4, 1e4])
+    assert_close(loss, [2e4, 2e4])
 
 
 def test_token_losses_equal_the_oracle_and_untagged_tokens_count_nothing():

@@ -1,0 +1,281 @@
+// Grouped matrix products on CPU: rows sorted by group, a weight matrix for each group.
+//
+//   forward:  y[r]   = x[r] w[g] + b[g]          for the rows r of group g
+//   inputs:   dx[r]  = dy[r] w[g]^T
+//   weights:  dw[g]  = sum_r x[r]^T dy[r],  db[g] = sum_r dy[r]
+//
+// Rows in no group (before start[0] or from start[G] on) are never read; their outputs are zero.
+//
+// One blocked product serves all three (Goto and van de Geijn 2008): panels of both sides are copied into cache in the
+// order in which the innermost loop reads them, and a tile of the result stays in registers over K_BLOCK steps. Every
+// element is summed in the same order wherever its row stands, so results depend neither on the other rows nor on the
+// number of threads.
+//
+// Letters: R rows, G groups, A inputs, Z outputs of a product; m, n, k its rows, columns and the summed axis.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE_ROWS = 12;
+#else
+constexpr int LANES = 8, TILE_ROWS = 4;
+#endif
+constexpr int VECTORS = 2, TILE_COLS = LANES * VECTORS;
+constexpr int64_t K_BLOCK = 256, M_BLOCK = 16 * TILE_ROWS, N_BLOCK = 256;
+constexpr int QUARTER = TILE_ROWS / 4;
+
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef float Four __attribute__((vector_size(16), aligned(4)));
+
+// A matrix in memory: element (i, j) at data[i * rows + j * cols]; one of the two strides is 1.
+struct Matrix {
+  const float* data;
+  int64_t rows, cols;
+  Matrix at(int64_t i, int64_t j) const { return {data + i * rows + j * cols, rows, cols}; }
+};
+
+// Copies `lines` lines of `length` elements, line l at from[l * stride], so that element e of line l lands at
+// to[e * width + l]: a transpose. Lines up to `width` are filled with zeros.
+void copy_transposed(const float* from, int64_t stride, int64_t lines, int64_t length, float* to, int64_t width) {
+  int64_t l = 0;
+  for (; l + 4 <= lines; l += 4) {
+    const float* a = from + l * stride;
+    int64_t e = 0;
+    for (; e + 4 <= length; e += 4) {
+      Four r0 = *(const Four*)(a + e), r1 = *(const Four*)(a + stride + e);
+      Four r2 = *(const Four*)(a + 2 * stride + e), r3 = *(const Four*)(a + 3 * stride + e);
+      Four t0 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5), t1 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
+      Four t2 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5), t3 = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
+      float* out = to + e * width + l;
+      *(Four*)out = __builtin_shufflevector(t0, t2, 0, 1, 4, 5);
+      *(Four*)(out + width) = __builtin_shufflevector(t0, t2, 2, 3, 6, 7);
+      *(Four*)(out + 2 * width) = __builtin_shufflevector(t1, t3, 0, 1, 4, 5);
+      *(Four*)(out + 3 * width) = __builtin_shufflevector(t1, t3, 2, 3, 6, 7);
+    }
+    for (; e < length; e++)
+      for (int64_t i = 0; i < 4; i++) to[e * width + l + i] = a[i * stride + e];
+  }
+  for (; l < width; l++)
+    for (int64_t e = 0; e < length; e++) to[e * width + l] = l < lines ? from[l * stride + e] : 0.0f;
+}
+
+// Copies `length` lines of `lines` elements side by side: to[e * width + l] = from[e * stride + l], zeros up to `width`.
+void copy_plain(const float* from, int64_t stride, int64_t lines, int64_t length, float* to, int64_t width) {
+  for (int64_t e = 0; e < length; e++) {
+    std::memcpy(to + e * width, from + e * stride, lines * sizeof(float));
+    std::memset(to + e * width + lines, 0, (width - lines) * sizeof(float));
+  }
+}
+
+// The panel [k, width] of a matrix whose axis k is `along_k` apart and whose other axis is `along_line` apart.
+void copy_panel(const float* from, int64_t along_k, int64_t along_line, int64_t lines, int64_t k, float* to, int64_t width) {
+  if (along_line == 1) copy_plain(from, along_k, lines, k, to, width);
+  else copy_transposed(from, along_line, lines, k, to, width);
+}
+
+// c[M, TILE_COLS] = a[k, M] b[k, TILE_COLS], added to what c holds if `add`; the whole tile in registers.
+template <int M>
+void tile(int64_t k, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool add) {
+  Vector sum[M][VECTORS] = {};
+  if (add)
+    for (int i = 0; i < M; i++)
+      for (int v = 0; v < VECTORS; v++) sum[i][v] = *(const Vector*)(c + i * c_stride + v * LANES);
+  for (int64_t p = 0; p < k; p++, a += M, b += b_stride) {
+    Vector right[VECTORS];
+    for (int v = 0; v < VECTORS; v++) right[v] = *(const Vector*)(b + v * LANES);
+    for (int i = 0; i < M; i++)
+      for (int v = 0; v < VECTORS; v++) sum[i][v] += a[i] * right[v];
+  }
+  for (int i = 0; i < M; i++)
+    for (int v = 0; v < VECTORS; v++) *(Vector*)(c + i * c_stride + v * LANES) = sum[i][v];
+}
+
+void tile_of(int rows, int64_t k, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+             bool add) {
+  static_assert(QUARTER == 1 || QUARTER == 3, "a case for each number of rows below");
+  if (rows == 4) tile<4>(k, a, b, b_stride, c, c_stride, add);
+  else if (rows == 8) tile<8>(k, a, b, b_stride, c, c_stride, add);
+  else tile<TILE_ROWS>(k, a, b, b_stride, c, c_stride, add);
+}
+
+// Tiles of TILE_ROWS rows; the last one is cut to a multiple of 4.
+int rows_of_tile(int64_t left) { return left >= TILE_ROWS ? TILE_ROWS : int((left + 3) / 4 * 4); }
+
+struct Scratch {
+  std::vector<float> left, right;
+  Scratch() : left(M_BLOCK * K_BLOCK), right(N_BLOCK * K_BLOCK) {}
+};
+
+Scratch& scratch() {
+  static thread_local Scratch mine;
+  return mine;
+}
+
+// One tile of the result: in place where it is whole, else through a copy.
+void one_tile(int rows, int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t b_stride, float* c,
+              int64_t c_stride, bool add) {
+  if (m == rows && n == TILE_COLS) return tile_of(rows, k, a, b, b_stride, c, c_stride, add);
+  float part[TILE_ROWS * TILE_COLS] = {};
+  if (add)
+    for (int64_t i = 0; i < m; i++) std::memcpy(part + i * TILE_COLS, c + i * c_stride, n * sizeof(float));
+  tile_of(rows, k, a, b, b_stride, part, TILE_COLS, add);
+  for (int64_t i = 0; i < m; i++) std::memcpy(c + i * c_stride, part + i * TILE_COLS, n * sizeof(float));
+}
+
+// c[m, n] = a[m, k] b[k, n], added to what c holds if `add`. `c` has rows of c_stride; m is at most M_BLOCK.
+void product(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t c_stride, bool add = false) {
+  Scratch& space = scratch();
+  for (int64_t k0 = 0; k0 < k; k0 += K_BLOCK) {
+    int64_t kb = std::min(K_BLOCK, k - k0);
+    float* left = space.left.data();
+    for (int64_t i = 0; i < m; i += TILE_ROWS) {
+      int rows = rows_of_tile(m - i);
+      copy_panel(a.at(i, k0).data, a.cols, a.rows, std::min<int64_t>(rows, m - i), kb, left + i * kb, rows);
+    }
+    for (int64_t n0 = 0; n0 < n; n0 += N_BLOCK) {
+      int64_t nb = std::min(N_BLOCK, n - n0);
+      float* right = space.right.data();
+      // A panel that one tile of rows reads is read where it is, unless it must be turned.
+      bool direct = m <= TILE_ROWS && b.cols == 1;
+      for (int64_t j = 0; j < nb; j += TILE_COLS) {
+        int64_t cols = std::min<int64_t>(TILE_COLS, nb - j);
+        if (direct && cols == TILE_COLS) continue;
+        copy_panel(b.at(k0, n0 + j).data, b.rows, b.cols, cols, kb, right + j * kb, TILE_COLS);
+      }
+      for (int64_t j = 0; j < nb; j += TILE_COLS) {
+        int64_t cols = std::min<int64_t>(TILE_COLS, nb - j);
+        bool in_place = direct && cols == TILE_COLS;
+        const float* panel = in_place ? b.at(k0, n0 + j).data : right + j * kb;
+        for (int64_t i = 0; i < m; i += TILE_ROWS)
+          one_tile(rows_of_tile(m - i), std::min<int64_t>(TILE_ROWS, m - i), cols, kb, left + i * kb, panel,
+                   in_place ? b.rows : TILE_COLS, c + i * c_stride + n0 + j, c_stride, add || k0);
+      }
+    }
+  }
+}
+
+// Runs body(0) .. body(count - 1) on the threads of the pool and on this one. This thread works too, so all is done
+// even if the pool never has a thread to spare; a helper that comes late finds nothing left.
+template <typename Body>
+void in_parallel(ffi::ThreadPool& pool, int64_t count, Body body) {
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  auto shared = std::make_shared<Shared>();
+  auto work = [shared, count, body]() {
+    for (int64_t i; (i = shared->next.fetch_add(1)) < count;) {
+      body(i);
+      if (shared->done.fetch_add(1) + 1 == count) {
+        std::lock_guard<std::mutex> lock(shared->mutex);
+        shared->all_done.notify_all();
+      }
+    }
+  };
+  int64_t helpers = std::min(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; i++) pool.Schedule(decltype(work)(work));
+  work();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done.load() == count; });
+}
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Integers = ffi::Buffer<ffi::S32>;
+using Out = ffi::Result<Floats>;
+
+struct Piece {
+  int64_t group, first, size;
+};
+
+// The groups in pieces of at most M_BLOCK rows, the large pieces first, so that the threads end together.
+std::vector<Piece> pieces_of(const Integers& start) {
+  std::vector<Piece> pieces;
+  for (int64_t g = 0; g + 1 < start.element_count(); g++)
+    for (int64_t r = start.typed_data()[g]; r < start.typed_data()[g + 1]; r += M_BLOCK)
+      pieces.push_back({g, r, std::min<int64_t>(M_BLOCK, start.typed_data()[g + 1] - r)});
+  return pieces;
+}
+
+void clear_outside(const Integers& start, int64_t rows, int64_t width, float* y) {
+  int64_t groups = start.element_count() - 1, first = start.typed_data()[0], last = start.typed_data()[groups];
+  std::memset(y, 0, first * width * sizeof(float));
+  std::memset(y + last * width, 0, (rows - last) * width * sizeof(float));
+}
+
+ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats w, Floats b, Integers start, Out y) {
+  int64_t rows = x.dimensions()[0], inputs = w.dimensions()[1], outputs = w.dimensions()[2];
+  bool biased = b.element_count() > 0;
+  float* out = y->typed_data();
+  clear_outside(start, rows, outputs, out);
+  auto pieces = pieces_of(start);
+  in_parallel(pool, pieces.size(), [&](int64_t i) {
+    auto [group, first, size] = pieces[i];
+    float* c = out + first * outputs;
+    if (biased)
+      for (int64_t r = 0; r < size; r++)
+        std::memcpy(c + r * outputs, b.typed_data() + group * outputs, outputs * sizeof(float));
+    product(size, outputs, inputs, {x.typed_data() + first * inputs, inputs, 1},
+            {w.typed_data() + group * inputs * outputs, outputs, 1}, c, outputs, biased);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Inputs(ffi::ThreadPool pool, Floats dy, Floats w, Integers start, Out dx) {
+  int64_t rows = dy.dimensions()[0], inputs = w.dimensions()[1], outputs = w.dimensions()[2];
+  float* out = dx->typed_data();
+  clear_outside(start, rows, inputs, out);
+  auto pieces = pieces_of(start);
+  in_parallel(pool, pieces.size(), [&](int64_t i) {
+    auto [group, first, size] = pieces[i];
+    product(size, inputs, outputs, {dy.typed_data() + first * outputs, outputs, 1},
+            {w.typed_data() + group * inputs * outputs, 1, outputs}, out + first * inputs, inputs);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Weights(ffi::ThreadPool pool, Floats x, Floats dy, Integers start, Out dw, Out db) {
+  int64_t inputs = x.dimensions()[1], outputs = dy.dimensions()[1], groups = start.element_count() - 1;
+  bool biased = db->element_count() > 0;
+  int64_t parts = (inputs + M_BLOCK - 1) / M_BLOCK;
+  in_parallel(pool, groups * parts, [&](int64_t i) {
+    int64_t group = i / parts, a = i % parts * M_BLOCK, size = std::min(M_BLOCK, inputs - a);
+    int64_t first = start.typed_data()[group], count = start.typed_data()[group + 1] - first;
+    const float* right = dy.typed_data() + first * outputs;
+    float* c = dw->typed_data() + (group * inputs + a) * outputs;
+    if (count)
+      product(size, outputs, count, {x.typed_data() + first * inputs + a, 1, inputs}, {right, outputs, 1}, c, outputs);
+    else
+      std::memset(c, 0, size * outputs * sizeof(float));
+    if (biased && a == 0) {
+      float* sum = db->typed_data() + group * outputs;
+      std::memset(sum, 0, outputs * sizeof(float));
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t z = 0; z < outputs; z++) sum[z] += right[r * outputs + z];
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pathways_grouped_forward, Forward,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Integers>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pathways_grouped_inputs, Inputs,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Integers>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pathways_grouped_weights, Weights,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Integers>().Ret<Floats>().Ret<Floats>());
