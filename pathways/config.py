@@ -126,6 +126,8 @@ class TrainConfig:
         clip: global norm of the gradient.
         beta1, beta2, epsilon: of Adam.
         temperature: tasks are sampled in proportion to `weight * rows ** (1 / temperature)`.
+        lazy: let the AdamW of idle experts wait until a row wakes them, which ends in the same weights; `auto`: where a
+            step's rows can reach half of every bank at most.
         seed: of parameters, order of data, noise and dropout.
         eval_every: steps between validations; 0 only at the end.
         eval_rows: the most validation rows of a task looked at in training; the end uses all.
@@ -149,6 +151,7 @@ class TrainConfig:
     beta2: float = 0.98
     epsilon: float = 1e-8
     temperature: float = 2.0
+    lazy: Literal["auto", "on", "off"] = "auto"
     seed: int = 0
     eval_every: int = 200
     eval_rows: int = 500

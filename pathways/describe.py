@@ -11,6 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+
+from experts.compute import choose_backend
 from pathways import report
 from pathways.model import STORE, Model, beside
 from pathways.pathway import encoder_names, gate_names, head_names, private
@@ -182,6 +186,7 @@ def model_facts(model: Model) -> list[Pair]:
         ("shared", report.count(sizes.total - own)),
         ("layers", f"{config.layers} of width {config.width}, {len(model.routed_layers)} of them with experts"),
         ("gate", f"{config.gate.kind}, {config.gate.scope}, one choice per {config.gate.unit}"),
+        ("experts by", f"{choose_backend(jnp.dtype(config.dtype))} on {jax.default_backend()} in {config.dtype}"),
     ]
     for layer, banks in zip(model.routed_layers, model.bank_sizes, strict=True):
         facts.append((f"layer {layer}", ", ".join(f"{report.integer(n)} {kind}" for kind, n in banks.items())))

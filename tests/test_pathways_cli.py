@@ -181,12 +181,12 @@ def test_compilation_cache_respects_the_environment(monkeypatch: pytest.MonkeyPa
 
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    commands.use_compilation_cache()
+    commands.set_up_jax()
     assert jax.config.jax_compilation_cache_dir == before
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("PATHWAYS_CACHE", str(tmp_path))
     try:
-        commands.use_compilation_cache()
+        commands.set_up_jax()
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jax")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
@@ -207,6 +207,14 @@ def test_show_log_and_verify(tiny_model: Model, capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     for text in ("active per row", "table encoder", "mlp 0-3", "jointly", "is whole"):
         assert text in out
+
+
+def test_a_backend_that_is_not_there(monkeypatch, tiny_model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATHWAYS_BACKEND", "fast")
+    assert main(["show", tiny_model.path]) == 2
+    said = capsys.readouterr().err
+    assert "There is no such backend" in said
+    assert "expected auto or one of buckets, dense, native, ragged" in said
 
 
 def test_verify_names_what_is_damaged(model_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

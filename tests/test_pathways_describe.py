@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import pathways as pw
+from experts.compute import choose_backend
 from pathways import allocator, describe
 from pathways.model import Model
 
@@ -83,6 +85,7 @@ def test_log_and_facts(tiny_model: Model) -> None:
     facts = dict(describe.model_facts(tiny_model))
     assert facts["tasks"] == "4"
     assert facts["layer 0"] == "4 mlp"
+    assert facts["experts by"] == f"{choose_backend(jnp.float32)} on cpu in float32"
     assert dict(describe.task_facts(tiny_model, "mood"))["classes"] == "2: pleasant, unpleasant"
 
 

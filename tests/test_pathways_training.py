@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from pathways.submodel import abstract_network
 from pathways.training import joint, loop
 from pathways.training.checkpoint import Checkpoints
 from pathways.training.optimizer import decay_mask, make_optimizer, make_schedule, names
+from pathways.training.profiler import Profiler
 from pathways.training.step import Metrics, TrainState, initial_state, make_step, per_example_loss
 from pathways.training.trainable import Trainable
 from tasks.batch import STREAMS
@@ -377,6 +379,28 @@ def test_the_stream_is_closed_when_a_step_fails(tmp_path):
     with Monitor(tmp_path, 2, quiet=True) as monitor, pytest.raises(RuntimeError, match="boom"):
         loop.train(sub, failing, state, config, loop.Hooks(None, None, str), monitor, lambda position: Watched())
     assert closed == [True]
+
+
+def test_a_profile_of_ten_steps(tmp_path):
+    with Monitor(tmp_path, 40, quiet=True) as monitor:
+        profiler = Profiler(tmp_path / "profile", 3, 40, monitor)
+        for step in range(4, 41):
+            profiler.before(step)
+            out = jax.jit(jnp.cumsum)(jnp.arange(step % 2 + 3.0))
+            profiler.after(step, out)
+    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert f"profile of steps 14 to 23: {trace}" in (tmp_path / "events.jsonl").read_text()
+
+
+def test_a_run_too_short_for_a_profile_says_so(tmp_path):
+    with Monitor(tmp_path, 8, quiet=True) as monitor:
+        profiler = Profiler(tmp_path / "profile", 0, 8, monitor)
+        for step in range(1, 9):
+            profiler.before(step)
+            profiler.after(step, jnp.zeros(()))
+    assert not (tmp_path / "profile").exists()
+    assert "it needs more than 10 steps, 8 are left" in (tmp_path / "events.jsonl").read_text()
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(tmp_path):

@@ -16,8 +16,13 @@ from pathways import report
 Command = Callable[[Namespace], int | None]
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless `JAX_COMPILATION_CACHE_DIR` already says where."""
+def set_up_jax() -> None:
+    """Keeps compiled programs between runs, unless `JAX_COMPILATION_CACHE_DIR` already says where.
+
+    Raises:
+        UserError: `$PATHWAYS_BACKEND` names no way to compute experts.
+    """
+    _check_backend()
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax
@@ -29,11 +34,23 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def _check_backend() -> None:
+    import jax.numpy as jnp
+
+    from experts.compute import OVERRIDE, choose_backend
+    from tasks.errors import UserError
+
+    try:
+        choose_backend(jnp.float32, "cpu")
+    except ValueError as error:
+        raise UserError("There is no such backend.", where=f"${OVERRIDE}", got=str(error)) from None
+
+
 def run_train(args: Namespace) -> None:
     from pathways.training.joint import train
 
-    use_compilation_cache()
-    model = train(_config(args), args.out, restart=args.restart, quiet=args.quiet)
+    set_up_jax()
+    model = train(_config(args), args.out, restart=args.restart, quiet=args.quiet, profile=args.profile)
     if not args.quiet:
         _print_tasks(model, "table")
         if curves := _draw_curves(Path(args.out)):
@@ -56,7 +73,7 @@ def _draw_curves(folder: Path) -> Path | None:
 def run_lr_find(args: Namespace) -> None:
     from pathways.training.lr_find import lr_find
 
-    use_compilation_cache()
+    set_up_jax()
     _, _, suggestion = lr_find(_config(args), args.out)
     if suggestion is None:
         print("No rate can be suggested: the loss never fell. Look at the picture.")
@@ -77,7 +94,7 @@ def run_add(args: Namespace) -> None:
     from pathways.adding import add_task
     from tasks.config import task_from_flags
 
-    use_compilation_cache()
+    set_up_jax()
     names = ("kind", "valid", "test", "group", "where", "encoding", "on_bad")
     keys: dict[str, Any] = {name: getattr(args, name) for name in names}
     keys["ignore"] = args.ignore or None
@@ -100,7 +117,7 @@ def run_add(args: Namespace) -> None:
 def run_remove(args: Namespace) -> None:
     from pathways.adding import remove_task
 
-    use_compilation_cache()
+    set_up_jax()
     done = remove_task(args.model, args.task)
     print(f"Version {done.number}: {done.message}. `pathways undo {args.model}` brings it back.")
 
@@ -108,7 +125,7 @@ def run_remove(args: Namespace) -> None:
 def run_undo(args: Namespace) -> None:
     from pathways.adding import undo
 
-    use_compilation_cache()
+    set_up_jax()
     done = undo(args.model, args.to)
     print(f"Version {done.number}: {done.message}")
 
@@ -116,7 +133,7 @@ def run_undo(args: Namespace) -> None:
 def run_predict(args: Namespace) -> None:
     from pathways.inference_files import predict_file
 
-    use_compilation_cache()
+    set_up_jax()
     model = _open(args)
     count = predict_file(model, args.task, args.file, args.output, format=args.format, keep=args.keep)
     if args.output not in (None, "-"):
@@ -127,7 +144,7 @@ def run_eval(args: Namespace) -> None:
     from pathways.cli.evaluations import draw, show
     from pathways.evaluation import evaluate
 
-    use_compilation_cache()
+    set_up_jax()
     found = evaluate(
         _open(args),
         args.tasks or None,
@@ -159,6 +176,7 @@ def _print_tasks(model: Any, format: str) -> None:
 def run_show(args: Namespace) -> None:
     from pathways import describe
 
+    set_up_jax()
     model = _open(args)
     if args.task is None:
         _facts(str(model.path), describe.model_facts(model))

@@ -162,9 +162,10 @@ def _train(command: Any) -> None:
         """,
         "pathways train configs/quickstart.toml --out runs/demo --train.steps 500 --model.experts '{mlp = 32}'",
     )
-    parser.usage = "%(prog)s CONFIG --out DIR [--restart] [--quiet] [--SECTION.FIELD VALUE ...]"
+    parser.usage = "%(prog)s CONFIG --out DIR [--restart] [--profile] [--quiet] [--SECTION.FIELD VALUE ...]"
     _config(parser, "the model's folder, made where absent")
     parser.add_argument("--restart", action="store_true", help="begin again, discarding the run or model in DIR")
+    parser.add_argument("--profile", action="store_true", help="record ten steps in DIR/profile, for Perfetto or xprof")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 

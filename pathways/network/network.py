@@ -8,6 +8,7 @@ M candidates, O rows of all heads together, Y outputs of the widest head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from flax import nnx
 from pathways.config import BalanceOptions, ModelConfig
 from pathways.network.encoders import make_encoder
 from pathways.network.layers import Attention, DenseFeedForward, RMSNorm, dropout, segment_mean
-from pathways.network.routed import LayerOutput, RoutedFeedForward, RowContext
+from pathways.network.routed import Fetch, LayerOutput, RoutedFeedForward, RowContext
 from tasks.batch import STREAMS
 from tasks.encoded import EncoderSettings
 
@@ -110,6 +111,7 @@ class Block(nnx.Module):
         num_tasks: int,
         key: jax.Array | None,
         statistics: bool,
+        fetch: Fetch | None = None,
     ) -> tuple[jax.Array, LayerOutput | None]:
         """`x [B, S, D]` -> the same, and the routed layer's accounts."""
         keys = (None, None, None) if key is None else tuple(jax.random.split(key, 3))
@@ -121,7 +123,7 @@ class Block(nnx.Module):
             flat = h.reshape(-1, h.shape[-1])
             assert slots is not None
             flat, output = self.routed(
-                flat, rows, slots, balance, num_tasks=num_tasks, key=keys[1], statistics=statistics
+                flat, rows, slots, balance, num_tasks=num_tasks, key=keys[1], statistics=statistics, fetch=fetch
             )
             h = flat.reshape(h.shape)
         else:
@@ -156,12 +158,16 @@ class Network(nnx.Module):
         *,
         key: jax.Array | None = None,
         statistics: bool = False,
+        fetch: Callable[[int], Fetch] | None = None,
     ) -> Outputs:
-        """Runs a packed batch (`tasks.batch`). With a key: dropout and gate noise; without: deterministic."""
+        """Runs a packed batch (`tasks.batch`). With a key: dropout and gate noise; without: deterministic.
+
+        `fetch` gives, for a block's number, where its experts come from, if not from the block; not for scanned layers.
+        """
         segment = batch["segment"]
         rows = self.context(batch, table)
         x = self.embed(batch)
-        x, layers = self.trunk(x, segment, rows, table, balance, key, statistics)
+        x, layers = self.trunk(x, segment, rows, table, balance, key, statistics, fetch)
         x = self.final_norm(x, rows.pathway.reshape(segment.shape))
         num = batch["task"].shape[0]
         pooled = segment_mean(x.reshape(-1, x.shape[-1]), rows.example, num)
@@ -204,15 +210,17 @@ class Network(nnx.Module):
         balance: BalanceOptions,
         key: jax.Array | None,
         statistics: bool,
+        fetch: Callable[[int], Fetch] | None = None,
     ) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
         """All layers, one after the other or as a scan over periods of layers."""
         config = self.config
 
-        def run(graph: Any, state: Any, x: jax.Array, slots: jax.Array | None, key: jax.Array | None):
+        def run(graph: Any, state: Any, x: jax.Array, slots: Any, key: Any, fetch: Fetch | None = None):
             block = nnx.merge(graph, state)
-            return block(x, segment, rows, slots, balance, num_tasks=self.size.tasks, key=key, statistics=statistics)
+            options = {"num_tasks": self.size.tasks, "key": key, "statistics": statistics, "fetch": fetch}
+            return block(x, segment, rows, slots, balance, **options)
 
-        run = jax.checkpoint(run, static_argnums=(0,)) if config.remat else run
+        run = jax.checkpoint(run, static_argnums=(0, 5)) if config.remat else run
         keys = None if key is None else jax.random.split(key, config.layers)
         if config.scan_layers:
             return self._scan(run, x, table, keys)
@@ -220,7 +228,8 @@ class Network(nnx.Module):
         for i, block in enumerate(self.blocks):
             graph, state = nnx.split(block)
             slots = table.slots[routed] if config.routed(i) else None
-            x, output = run(graph, state, x, slots, None if keys is None else keys[i])
+            own = fetch(i) if fetch is not None and slots is not None else None
+            x, output = run(graph, state, x, slots, None if keys is None else keys[i], own)
             if output is not None:
                 outputs.append(output)
                 routed += 1
@@ -237,7 +246,7 @@ class Network(nnx.Module):
             output = None
             for j, (graph, _) in enumerate(split):
                 last = slots if j == period - 1 else None
-                x, output = run(graph, states[j], x, last, None if keys is None else keys[j])
+                x, output = run(graph, states[j], x, last, None if keys is None else keys[j], None)
             return x, output
 
         x, stacked = jax.lax.scan(body, x, ([s for _, s in split], jnp.stack(table.slots), by_period))

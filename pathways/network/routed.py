@@ -6,6 +6,7 @@ layer's banks, kinds one after the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,10 @@ from routing.plan import Plan
 
 class BalanceBias(nnx.Variable):
     """The bias of loss-free balancing: updated by a rule, not by a gradient."""
+
+
+Fetch = Callable[[str, jax.Array], dict[str, jax.Array]]
+"""How a layer gets a few experts: `(kind, index [A]) -> leaves [A, ...]`; an index of E wants none."""
 
 
 class RowContext(NamedTuple):
@@ -49,11 +54,13 @@ class RowContext(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """Beside the rows: `loss` (the weighted balance losses), `load [E]` (choices per slot), `counters` if asked for."""
+    """Beside the rows: `loss` (the weighted balance losses), `load [E]` (choices per slot), `counters` if asked for,
+    and `fetched`, the index `[A]` of the experts that were fetched of each kind; empty where banks are used whole."""
 
     loss: jax.Array
     load: jax.Array
     counters: Counters | None
+    fetched: dict[str, jax.Array]
 
 
 class RoutedFeedForward(nnx.Module):
@@ -96,22 +103,28 @@ class RoutedFeedForward(nnx.Module):
         num_tasks: int,
         key: jax.Array | None,
         statistics: bool,
+        fetch: Fetch | None = None,
     ) -> tuple[jax.Array, LayerOutput]:
-        """`x [T, D]`, `slots [G, M]` -> `[T, D]` and the layer's accounts. Noise is drawn only with a key."""
+        """`x [T, D]`, `slots [G, M]` -> `[T, D]` and the layer's accounts. Noise is drawn only with a key.
+
+        With `fetch`, the experts that rows chose are fetched, and the layer's own banks are not touched.
+        """
         routing, plan = self.plan(x, rows, slots, key)
-        banks = self._banks()
+        banks, chosen, fetched = self._banks(), plan, {}
+        if fetch is not None:
+            banks, chosen, fetched = fetch_chosen(self.sizes, plan, fetch)
 
         def compute(leaves: Any, x: jax.Array, plan: Plan) -> jax.Array:
             return apply_experts({kind: (leaves[kind], start, num) for kind, (_, start, num) in banks.items()}, x, plan)
 
-        y = over_rows(compute, {kind: leaves for kind, (leaves, *_) in banks.items()}, x, plan)
+        y = over_rows(compute, {kind: leaves for kind, (leaves, *_) in banks.items()}, x, chosen)
         if self.shared is not None:
             y = y + self._shared(x)
         load, loss = self._balance(routing, rows, slots, weights)
         counters = None
         if statistics:
             counters = count(plan, _row_probs(routing, rows, self.options.unit), rows.task, num_tasks, self.num_slots)
-        return y, LayerOutput(loss, load, counters)
+        return y, LayerOutput(loss, load, counters, fetched)
 
     def plan(self, x: jax.Array, rows: RowContext, slots: jax.Array, key: jax.Array | None) -> tuple[Routing, Plan]:
         """Routes each row, or each example for all of its rows. The routing returned is per routed unit."""
@@ -144,7 +157,7 @@ class RoutedFeedForward(nnx.Module):
             plan = Plan(jnp.where(on, plan.slot[index], self.num_slots), jnp.where(on, plan.weight[index], 0.0))
         return routing, plan
 
-    def _banks(self) -> dict[str, tuple[dict[str, jax.Array], int, int]]:
+    def _banks(self) -> PlacedBanks:
         banks, start = {}, 0
         for kind, num in self.sizes:
             leaves = {name: leaf[...] for name, leaf in self.banks[kind].items()} if kind in self.banks else {}
@@ -187,6 +200,36 @@ class RoutedFeedForward(nnx.Module):
         if weights.z:
             loss += weights.z * balance.router_z_loss(routing.logits, valid)
         return load, loss
+
+
+PlacedBanks = dict[str, tuple[dict[str, jax.Array], int, int]]
+"""Kind -> (leaves, first slot, number of slots)."""
+
+
+def fetch_chosen(
+    sizes: tuple[tuple[str, int], ...], plan: Plan, fetch: Fetch
+) -> tuple[PlacedBanks, Plan, dict[str, jax.Array]]:
+    """Banks of the experts that a plan names, the plan over their slots, and the index of the fetched ones by kind.
+
+    A kind of E experts gets room for `A = min(E, T K)` of them, in their order. Kinds without leaves stay as they are.
+    """
+    banks: PlacedBanks = {}
+    fetched: dict[str, jax.Array] = {}
+    slot, first, start = jnp.zeros_like(plan.slot), 0, 0
+    nowhere = jnp.ones(plan.slot.shape, bool)
+    for kind, num in sizes:
+        local = plan.slot - first
+        mine = (local >= 0) & (local < num)
+        room, leaves = num, {}
+        if _has_leaves(kind) and num:
+            room = min(num, plan.slot.size)
+            index = jnp.unique(jnp.where(mine, local, num), size=room, fill_value=num)
+            leaves, fetched[kind] = fetch(kind, index), index
+            local = jnp.searchsorted(index, local).astype(slot.dtype)
+        slot, nowhere = jnp.where(mine, start + local, slot), nowhere & ~mine
+        banks[kind] = (leaves, start, room)
+        first, start = first + num, start + room
+    return banks, Plan(jnp.where(nowhere, start, slot), plan.weight), fetched
 
 
 def _params(kind: str, rngs: nnx.Rngs, num: int, config: ModelConfig) -> dict[str, nnx.Param]:

@@ -47,11 +47,14 @@ from pathways.statistics.writer import StatisticsWriter
 from pathways.store import Store
 from pathways.submodel import SubModel, TaskEntry, initial_submodel
 from pathways.training.checkpoint import Checkpoints, refuse_differences
+from pathways.training.lazy import bank_leaf, sleepers_for
 from pathways.training.loop import Hooks, Progress
 from pathways.training.loop import train as run_loop
 from pathways.training.optimizer import make_optimizer, make_schedule
+from pathways.training.profiler import FOLDER as PROFILE
 from pathways.training.run import CONFIG, LOCK, VERSIONS, prepare_folder, resolved, sole_user
 from pathways.training.step import initial_state, make_step
+from pathways.training.trainable import EVERYTHING, Trainable
 from tasks.batch import BatchShape
 from tasks.errors import UserError
 from tasks.fitted import FittedTask
@@ -73,11 +76,19 @@ class Prepared:
     layout: Layout
 
 
-def train(config: Config, out: str | Path, *, restart: bool = False, quiet: bool = False, console: Any = None) -> Model:
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    restart: bool = False,
+    quiet: bool = False,
+    profile: bool = False,
+    console: Any = None,
+) -> Model:
     """Trains a model on the configuration's tasks and commits it to `out/store`.
 
     A run that was stopped goes on where it was; one that is complete is opened. `restart` begins again, which
-    discards the run's checkpoints and, if there is one, the model.
+    discards the run's checkpoints and, if there is one, the model. `profile` records a few steps in `out/profile`.
 
     Raises:
         UserError: a mistake in the configuration or the data, a folder with a run of another configuration or other
@@ -105,7 +116,7 @@ def train(config: Config, out: str | Path, *, restart: bool = False, quiet: bool
             discard(folder)
         elif _finished(folder):  # by another process, meanwhile
             return _finished_model(config, folder)
-        return _train(config, folder, quiet, console)
+        return _train(config, folder, quiet, profile, console)
 
 
 def _finished(folder: Path) -> bool:
@@ -119,7 +130,7 @@ def _finished_model(config: Config, folder: Path) -> Model:
     return model
 
 
-def _train(config: Config, folder: Path, quiet: bool, console: Any) -> Model:
+def _train(config: Config, folder: Path, quiet: bool, profile: bool, console: Any) -> Model:
     """Goes on from the folder's newest checkpoint, or begins, and commits."""
     checkpoints = Checkpoints(folder / "checkpoints", {})
     first = checkpoints.latest() or 0
@@ -130,7 +141,7 @@ def _train(config: Config, folder: Path, quiet: bool, console: Any) -> Model:
         prepare_folder(folder, config)
         sub = initial_submodel(config, prepared.entries, prepared.layout, prepared.tokenizer, config.train.seed)
         monitor.event(summary(prepared, sub))
-        sub, progress = _run(prepared, sub, folder, checkpoints, first, monitor)
+        sub, progress = _run(prepared, sub, folder, checkpoints, first, monitor, profile)
         model = commit(prepared, sub, progress, folder)
         monitor.event(f"committed version {model.version} of {folder}")
     checkpoints.clear()
@@ -222,13 +233,23 @@ def examples_of(names: Sequence[str], splits: Sequence[Any], most: int) -> dict[
 
 
 def _run(
-    prepared: Prepared, sub: SubModel, folder: Path, checkpoints: Checkpoints, first: int, monitor: Monitor
+    prepared: Prepared,
+    sub: SubModel,
+    folder: Path,
+    checkpoints: Checkpoints,
+    first: int,
+    monitor: Monitor,
+    profile: bool,
 ) -> tuple[SubModel, Progress]:
     config = prepared.config.train
     schedule = make_schedule(config)
     optimizer = make_optimizer(config, schedule)
-    step = make_step(sub, optimizer, prepared.config.balance, seed=config.seed, statistics=config.statistics)
-    state = initial_state(sub, optimizer, statistics=config.statistics)
+    rows = prepared.shape.rows * prepared.shape.length
+    sleepers = sleepers_for(config, sub.config.model, sub.params, rows)
+    trainable = EVERYTHING if sleepers is None else Trainable(lambda path: not bank_leaf(path))
+    options: dict[str, Any] = {"statistics": config.statistics, "trainable": trainable, "sleepers": sleepers}
+    step = make_step(sub, optimizer, prepared.config.balance, seed=config.seed, **options)
+    state = initial_state(sub, optimizer, **options)
     writer = StatisticsWriter(folder / STATISTICS, start_step=first) if config.statistics else None
 
     def stream(position: dict[str, Any] | None) -> TrainStream:
@@ -238,7 +259,18 @@ def _run(
     mesh = mesh_of(prepared.config)
     with jax.set_mesh(mesh):
         return run_loop(
-            sub, step, state, config, hooks, monitor, stream, checkpoints, schedule, placement=Placement(mesh)
+            sub,
+            step,
+            state,
+            config,
+            hooks,
+            monitor,
+            stream,
+            checkpoints,
+            schedule,
+            placement=Placement(mesh),
+            profile=folder / PROFILE if profile else None,
+            settle=None if sleepers is None else jax.jit(lambda state: sleepers.settle(state.params, state.asleep)),
         )
 
 
@@ -301,7 +333,7 @@ def must_be_a_run(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Removes what a run left in a folder that is a run's; anything else there stays."""
-    for name in ("checkpoints", STORE, STATISTICS, "tensorboard"):
+    for name in ("checkpoints", STORE, STATISTICS, "tensorboard", PROFILE):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (METRICS, EVENTS, CURVES, CONFIG, VERSIONS):
         (folder / name).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -23,6 +24,7 @@ from pathways.devices import Placement
 from pathways.monitor import Monitor
 from pathways.submodel import SubModel
 from pathways.training.checkpoint import Checkpoints
+from pathways.training.profiler import Profiler
 from pathways.training.step import Metrics, Step, TrainState
 from tasks.errors import UserError
 
@@ -81,6 +83,8 @@ def train(
     checkpoints: Checkpoints | None = None,
     schedule: Callable[[Any], Any] | None = None,
     placement: Placement | None = None,
+    profile: Path | None = None,
+    settle: Callable[[TrainState], Any] | None = None,
 ) -> tuple[SubModel, Progress]:
     """Runs `config.steps` steps and leaves the best parameters seen on validation in `sub`.
 
@@ -90,6 +94,8 @@ def train(
         stream: makes the data, from a saved position or from the start.
         checkpoints: where to resume from and save to; None keeps nothing.
         placement: the devices; the default one if None.
+        profile: the folder for a profile of a few steps; None records none.
+        settle: state -> the parameters to validate and keep, where they are not the state's own.
 
     Raises:
         UserError: too many steps in a row were not finite; names the step and the tasks of its batch.
@@ -115,17 +121,21 @@ def train(
 
     batches = stream(position)
     pending = Pending(monitor, config, hooks, schedule)
+    profiler = Profiler(profile, first, config.steps, monitor)
     with closing(batches), stopping_softly() as asked:
         for step in range(first + 1, config.steps + 1):
             if config.patience and progress.waited >= config.patience:
                 monitor.event(f"stopped early: no better mean on validation since step {progress.best_step}")
                 break
             batch = batches_of(batches, config.accumulate)
+            profiler.before(step)
             state, metrics = step_fn(state, batch if placement is None else placement.batch(batch))
+            profiler.after(step, metrics)
             pending.put(step, metrics, batch["task"])
             if (config.eval_every and step % config.eval_every == 0) or step == config.steps:
                 pending.flush()
-                best = _validate(sub, state, step, progress, hooks, monitor, best)
+                newest = (state.params if settle is None else settle(state), state.bias)
+                best = _validate(sub, newest, step, progress, hooks, monitor, best)
             if config.statistics and step % config.statistics_every == 0:
                 hooks.record(step, jax.device_get(state.counts))
                 state = state._replace(counts=jax.tree.map(jnp.zeros_like, state.counts))
@@ -230,9 +240,9 @@ def stopping_softly() -> Iterator[list[int]]:
 
 
 def _validate(
-    sub: SubModel, state: TrainState, step: int, progress: Progress, hooks: Hooks, monitor: Monitor, best: Any
+    sub: SubModel, newest: Any, step: int, progress: Progress, hooks: Hooks, monitor: Monitor, best: Any
 ) -> Any:
-    sub.params, sub.bias = state.params, state.bias
+    sub.params, sub.bias = newest
     figures = hooks.evaluate(sub)
     quality = figures["quality"]
     monitor.log(step, {f"valid/{name}": value for name, value in figures.items()})
@@ -241,7 +251,7 @@ def _validate(
         progress.best, progress.waited = quality, 0
     if better or progress.best is None:
         progress.best_step = step
-        return jax.tree.map(jnp.copy, (state.params, state.bias))
+        return jax.tree.map(jnp.copy, newest)
     progress.waited += 1
     return best
 

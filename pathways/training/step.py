@@ -16,6 +16,7 @@ from flax import nnx
 from pathways.config import BalanceOptions
 from pathways.network.network import Outputs, TaskTable
 from pathways.submodel import SubModel
+from pathways.training.lazy import Sleepers, bank_key
 from pathways.training.trainable import EVERYTHING, Trainable
 from routing import counters
 from routing.balance import update_balance_bias
@@ -25,8 +26,8 @@ from tasks.losses import example_loss, token_loss
 class TrainState(NamedTuple):
     """All that a step reads and writes; donated.
 
-    `bad` counts steps in a row that were not finite, `bad_total` all of them; `counts` the routing since it was last
-    taken, one per routed layer, or empty.
+    `asleep` is what `lazy.Sleepers` keeps of the banks, or empty. `bad` counts steps in a row that were not finite,
+    `bad_total` all of them; `counts` the routing since it was last taken, one per routed layer, or empty.
     """
 
     params: Any
@@ -36,6 +37,7 @@ class TrainState(NamedTuple):
     bad: jax.Array
     bad_total: jax.Array
     counts: tuple[counters.Counters, ...]
+    asleep: Any = ()
 
 
 class Metrics(NamedTuple):
@@ -92,6 +94,7 @@ def make_step(
     seed: int,
     statistics: bool,
     trainable: Trainable = EVERYTHING,
+    sleepers: Sleepers | None = None,
 ) -> Step:
     """Compiles a step for batches whose every array has a leading axis A.
 
@@ -101,12 +104,16 @@ def make_step(
 
     Args:
         trainable: what gets gradients; the rest is constant, so nothing is spent on it. All by default.
+        sleepers: banks whose idle experts sleep; `trainable` must leave them out, and A be 1.
     """
     graph, table = sub.graph, sub.table
 
     def loss_of(trained: Any, rest: Any, bias: Any, batch: dict[str, Any], key: jax.Array):
-        params = trainable.join(trained, rest)
-        out: Outputs = nnx.merge(graph, params, bias)(batch, table, balance, key=key, statistics=statistics)
+        (own, deltas), (constant, asleep) = trained, rest
+        params = trainable.join(own, constant)
+        fetch = None if sleepers is None else sleepers.fetch(params, asleep, deltas)
+        network = nnx.merge(graph, params, bias)
+        out: Outputs = network(batch, table, balance, key=key, statistics=statistics, fetch=fetch)
         loss, known = per_example_loss(out, batch, table)
         extra = sum((layer.loss for layer in out.layers), jnp.zeros(()))
         mean = jnp.sum(loss) / jnp.maximum(jnp.sum(known.astype(jnp.float32)), 1.0)
@@ -127,12 +134,15 @@ def make_step(
         if statistics:
             counts = tuple(counters.add(a, layer.counters) for a, layer in zip(counts, layers, strict=True))
         load = tuple(layer.load for layer in layers)
+        fetched = tuple(layer.fetched for layer in layers)
         grads = new if grads is None else jax.tree.map(jnp.add, grads, new)
-        return (trained, rest, bias, grads, key, counts), (total, extra, *sums, load)
+        return (trained, rest, bias, grads, key, counts), (total, extra, *sums, load, fetched)
 
     def step(state: TrainState, batches: dict[str, Any]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        trained, rest = trainable.split(state.params)
+        own, constant = trainable.split(state.params)
+        deltas = {} if sleepers is None else sleepers.deltas(state.params)
+        trained, rest = (own, deltas), (constant, state.asleep)
         num = batches["segment"].shape[0]
         if num == 1:
             start = (trained, rest, state.bias, None, key, state.counts)
@@ -143,24 +153,33 @@ def make_step(
             carry, out = jax.lax.scan(micro, (trained, rest, state.bias, zeros, key, state.counts), batches)
         grads, counts = carry[3], carry[5]
         grads = jax.tree.map(lambda g: g / num, grads)
-        totals, extras, losses, rows, loads = out
+        totals, extras, losses, rows, loads, fetched = out
         load = [jnp.sum(layer, axis=0) for layer in loads]
         bias = _new_bias(state.bias, load, table.slots, balance.bias_rate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(totals))
 
+        mine = grads[0] if sleepers is None else sleepers.clipped(grads[0], norm)
+
         def apply(_: None):
-            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-            return optax.apply_updates(trained, updates), opt_state, bias, counts
+            updates, opt_state = optimizer.update(mine, state.opt_state, own)
+            return optax.apply_updates(own, updates), opt_state, bias, counts
 
         def skip(_: None):
-            return trained, state.opt_state, state.bias, state.counts
+            return own, state.opt_state, state.bias, state.counts
 
-        trained, opt_state, bias, counts = jax.lax.cond(finite, apply, skip, None)
+        own, opt_state, bias, counts = jax.lax.cond(finite, apply, skip, None)
         bad = jnp.where(finite, 0, state.bad + 1)
-        params = trainable.join(trained, rest)
+        params, asleep = trainable.join(own, constant), state.asleep
+        if sleepers is not None:
+            chosen = {
+                bank_key(block, kind): index[0]
+                for block, layer in zip(sub.config.model.routed_layers, fetched, strict=True)
+                for kind, index in layer.items()
+            }
+            params, asleep = sleepers.update(params, asleep, grads[1], chosen, norm, finite)
         total_bad = state.bad_total + jnp.where(finite, 0, 1)
-        new = TrainState(params, bias, opt_state, state.step + 1, bad, total_bad, counts)
+        new = TrainState(params, bias, opt_state, state.step + 1, bad, total_bad, counts, asleep)
         imbalance = jnp.stack([jnp.max(x) / jnp.maximum(jnp.mean(x), 1e-9) for x in load]) if load else jnp.ones((1,))
         task_rows = jnp.sum(rows, axis=0)
         metrics = Metrics(
@@ -186,6 +205,7 @@ def initial_state(
     *,
     statistics: bool,
     trainable: Trainable = EVERYTHING,
+    sleepers: Sleepers | None = None,
 ) -> TrainState:
     """The state before the first step. The sub-model's arrays are copied, so donation leaves them intact."""
     params = sub.params
@@ -196,7 +216,8 @@ def initial_state(
             counters.zeros(sub.layout.size.tasks, sum(num for _, num in layer)) for layer in sub.layout.size.experts
         )
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(params, sub.bias, jax.jit(optimizer.init)(trained), zero, zero, zero, counts)
+    asleep = () if sleepers is None else jax.jit(sleepers.init)(params)
+    state = TrainState(params, sub.bias, jax.jit(optimizer.init)(trained), zero, zero, zero, counts, asleep)
     # Every donated buffer must be its own.
     return jax.tree.map(jnp.copy, state)
 
