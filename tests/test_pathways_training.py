@@ -169,9 +169,9 @@ def test_losses_of_examples_and_tokens_by_hand():
     logits = jnp.array([[9.0, 9], [0, 0], [1, 77], [1, 1], [5, 5]])
     token_logits = jnp.array([[[0.0, 0, 50], [9, 9, 9], [0, np.log(3.0), 50], [9, 9, 9], [9, 9, 9], [9, 9, 9]]])
     loss, known = per_example_loss(Outputs(logits, token_logits, jnp.zeros((5, 1)), ()), batch, table)
-    # Tags: token 0 has ln 2; token 2 has class 1 of logits (0, ln 3): -ln(3/4); their mean. The third column is past
+    # Tags: token 0 has ln 2; token 2 has class 1 of logits (0, ln 3): -ln(3/4); their sum. The third column is past
     # the task's outputs. Class: ln 2. Regression: (1 - 3)^2 = 4.
-    assert_close(loss, [(np.log(2) + np.log(4 / 3)) / 2, np.log(2), 4.0, 0.0, 0.0])
+    assert_close(loss, [np.log(2) + np.log(4 / 3), np.log(2), 4.0, 0.0, 0.0])
     np.testing.assert_array_equal(known, [True, True, True, False, False])
 
 

@@ -62,7 +62,11 @@ Step = Callable[[TrainState, dict[str, Any]], tuple[TrainState, Metrics]]
 
 
 def per_example_loss(out: Outputs, batch: dict[str, Any], table: TaskTable) -> tuple[jax.Array, jax.Array]:
-    """Loss `[N]` of each example and whether it has one `[N]`; a tagged example's is the mean of its tokens'."""
+    """Loss `[N]` of each example and whether it has one `[N]`.
+
+    A tagged example's is the sum of its tokens': like every other loss, minus the log-likelihood of all its labels. As a
+    mean it would count for so little among other tasks that taggers stay behind (docs/benchmarks.md).
+    """
     task = jnp.maximum(batch["task"], 0)
     present = batch["task"] >= 0
     example = batch["segment"] - 1
@@ -79,9 +83,9 @@ def per_example_loss(out: Outputs, batch: dict[str, Any], table: TaskTable) -> t
         token = token_loss(out.token_logits, tag, table.outputs[task][of_token])
         index = jnp.where(tag >= 0, of_token, num).ravel()
         total = jax.ops.segment_sum(token.ravel(), index, num + 1)[:num]
-        count = jax.ops.segment_sum(jnp.ones_like(index, jnp.float32), index, num + 1)[:num]
+        count = jax.ops.segment_sum(jnp.ones_like(index), index, num + 1)[:num]
         tagged = table.token_level[task] & (count > 0)
-        loss = jnp.where(tagged, total / jnp.maximum(count, 1.0), loss)
+        loss = jnp.where(tagged, total, loss)
         known = known | (tagged & present)
     return jnp.where(known, loss, 0.0), known
 
