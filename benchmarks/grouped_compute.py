@@ -30,7 +30,8 @@ from routing.plan import Plan
 
 LOADS = ("even", "skewed")
 EXPERTS = (4, 16, 64, 256, 1024)
-Cases = dict[tuple[str, ...], Callable[[], Any]]
+Case = tuple[str, str, str]
+Cases = dict[Case, Callable[[], Any]]
 
 
 def make_plan(key: jax.Array, rows: int, k: int, num: int, load: str) -> Plan:
@@ -48,11 +49,11 @@ def passes(layer: Callable[..., jax.Array], params: Any, x: jax.Array) -> dict[s
     return {"forward": lambda: forward(params, x), "both": lambda: gradient(params, x)}
 
 
-def medians(cases: Cases, repeats: int) -> dict[tuple[str, ...], float]:
+def medians(cases: Cases, repeats: int) -> dict[Case, float]:
     """Median milliseconds of each case, all in turn."""
     for call in cases.values():
         jax.block_until_ready(call())
-    times: dict[tuple[str, ...], list[float]] = {name: [] for name in cases}
+    times: dict[Case, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, call in cases.items():
             start = time.perf_counter()
@@ -65,7 +66,7 @@ def bandwidth(repeats: int) -> float:
     """Bytes a millisecond that a sum over a large array reads."""
     data = jnp.ones((64 << 20,), jnp.float32)
     total = jax.jit(jnp.sum)
-    return data.nbytes / medians({("read",): lambda: total(data)}, repeats)["read",]
+    return data.nbytes / medians({("read", "-", "-"): lambda: total(data)}, repeats)["read", "-", "-"]
 
 
 def cases_of(args: argparse.Namespace, num: int) -> tuple[Cases, int]:
@@ -125,8 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         times = medians(cases, args.repeats)
         dense = {what: times["dense layer", "-", what] for what in ("forward", "both")}
         limit = {"forward": dense["forward"] + weights / speed, "both": dense["both"] + 3 * weights / speed}
-        named = dict.fromkeys(case[:2] for case in cases)
-        rows = [row(*name, num, {what: times[*name, what] for what in dense}, dense) for name in named]
+        named = dict.fromkeys((backend, load) for backend, load, _ in cases)
+        rows = [row(name, load, num, {what: times[name, load, what] for what in dense}, dense) for name, load in named]
         rows.append(row("limit", "-", num, limit, dense))
         for line in rows:
             figures = "".join(f"{line[w]:>12.1f}{line[f'{w} ratio']:>7.2f}" for w in ("forward", "both"))

@@ -126,6 +126,8 @@ class TrainConfig:
         clip: global norm of the gradient.
         beta1, beta2, epsilon: of Adam.
         temperature: tasks are sampled in proportion to `weight * rows ** (1 / temperature)`.
+        moments: how the optimizer keeps what it remembers of experts: in `float32`, in `bfloat16` (half the memory), or
+            `factored` (nearly none: Shazeer 2017, appendix D).
         lazy: let the AdamW of idle experts wait until a row wakes them, which ends in the same weights; `auto`: where a
             step's rows can reach half of every bank at most.
         seed: of parameters, order of data, noise and dropout.
@@ -151,6 +153,7 @@ class TrainConfig:
     beta2: float = 0.98
     epsilon: float = 1e-8
     temperature: float = 2.0
+    moments: Literal["float32", "bfloat16", "factored"] = "float32"
     lazy: Literal["auto", "on", "off"] = "auto"
     seed: int = 0
     eval_every: int = 200

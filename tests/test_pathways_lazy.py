@@ -15,7 +15,7 @@ from tolerance import assert_close
 
 from pathways.training import lazy
 from pathways.training.loop import batches_of
-from pathways.training.optimizer import make_optimizer
+from pathways.training.optimizer import bank_leaf, make_optimizer
 from pathways.training.step import initial_state, make_step
 from pathways.training.trainable import EVERYTHING, Trainable
 from tasks.errors import UserError
@@ -131,7 +131,7 @@ def sleepers_of(prepared, sub, how="auto"):
 def trained(prepared, sub, sleepers, steps, spoil=None):
     """The step, the state after some of them, and the last metrics; the loss of step `spoil` is not finite."""
     config = prepared.config.train
-    trainable = EVERYTHING if sleepers is None else Trainable(lambda path: not lazy.bank_leaf(path))
+    trainable = EVERYTHING if sleepers is None else Trainable(lambda path: not bank_leaf(path))
     options = {"statistics": True, "trainable": trainable, "sleepers": sleepers}
     optimizer = make_optimizer(config)
     step = make_step(sub, optimizer, prepared.config.balance, seed=0, **options)
@@ -197,8 +197,9 @@ def test_who_sleeps(many, how, rows, sleeps):
 
 def test_what_cannot_sleep_is_told(many):
     prepared, sub, _ = many
-    config = replace(prepared.config.train, lazy="on", accumulate=2)
-    with pytest.raises(UserError, match=r"(?s)Idle experts cannot sleep here.*train\.accumulate"):
-        lazy.sleepers_for(config, sub.config.model, sub.params, 32)
+    for name, value in (("accumulate", 2), ("moments", "factored")):
+        config = replace(prepared.config.train, lazy="on", **{name: value})
+        with pytest.raises(UserError, match=rf"(?s)Idle experts cannot sleep here.*train\.{name}"):
+            lazy.sleepers_for(config, sub.config.model, sub.params, 32)
     scanned = replace(sub.config.model, scan_layers=True)
     assert lazy.sleepers_for(prepared.config.train, scanned, sub.params, 32) is None

@@ -47,10 +47,10 @@ from pathways.statistics.writer import StatisticsWriter
 from pathways.store import Store
 from pathways.submodel import SubModel, TaskEntry, initial_submodel
 from pathways.training.checkpoint import Checkpoints, refuse_differences
-from pathways.training.lazy import bank_leaf, sleepers_for
+from pathways.training.lazy import sleepers_for
 from pathways.training.loop import Hooks, Progress
 from pathways.training.loop import train as run_loop
-from pathways.training.optimizer import make_optimizer, make_schedule
+from pathways.training.optimizer import bank_leaf, make_optimizer, make_schedule
 from pathways.training.profiler import FOLDER as PROFILE
 from pathways.training.run import CONFIG, LOCK, VERSIONS, prepare_folder, resolved, sole_user
 from pathways.training.step import initial_state, make_step

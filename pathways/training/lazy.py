@@ -20,7 +20,7 @@ Axis letters: E experts of a bank, A experts that a step may wake.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from pathways.config import ModelConfig, TrainConfig
-from pathways.training.optimizer import DECAYED, make_schedule, names
+from pathways.training.optimizer import DECAYED, bank_leaf, make_schedule, names
 from tasks.errors import UserError
 
 Key = str
@@ -99,7 +99,7 @@ def sleep_on(sleep: Sleep, rule: Rule, step: jax.Array, rate: jax.Array) -> Slee
 
 
 def woken(rows: Rows, sleep: Sleep, rule: Rule, decays: bool) -> Rows:
-    """Experts with all that they missed made up for.
+    """Experts with all that they missed made up for, their moments in the parameters' type.
 
     Args:
         rows: `[A, ...]`, as they fell asleep.
@@ -107,6 +107,7 @@ def woken(rows: Rows, sleep: Sleep, rule: Rule, decays: bool) -> Rows:
         decays: whether weight decay shrinks this leaf.
     """
     shape = (-1,) + (1,) * (rows.value.ndim - 1)
+    rows = jax.tree.map(lambda leaf: leaf.astype(rows.value.dtype), rows)
     to_root, to_epsilon = (sums[int(decays)].reshape(shape) for sums in (sleep.to_root, sleep.to_epsilon))
     missed = to_epsilon > 0
     below = jnp.sqrt(rows.second) / jnp.where(missed, to_root, 1) + rule.epsilon / jnp.where(missed, to_epsilon, 1)
@@ -165,14 +166,16 @@ class Sleepers:
     def __init__(self, config: TrainConfig, schedule: Callable[[Any], Any], params: Any, room: int) -> None:
         self.rule = Rule(config.beta1, config.beta2, config.epsilon, config.weight_decay)
         self.schedule, self.clip = schedule, config.clip
+        self.kept_in = jnp.bfloat16 if config.moments == "bfloat16" else jnp.float32
         self.room = {key: min(num, room) for key, num in _sizes(params).items()}
 
     def init(self, params: Any) -> SleepState:
         """Nothing moved yet, nobody asleep."""
-        moments = {
-            key: {leaf: (jnp.zeros_like(p), jnp.zeros_like(p)) for leaf, p in bank.items()}
-            for key, bank in _banks(params).items()
-        }
+
+        def nothing(p: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.zeros(p.shape, self.kept_in), jnp.zeros(p.shape, self.kept_in)
+
+        moments = jax.tree.map(nothing, _banks(params))
         sleep = {key: awake(num) for key, num in _sizes(params).items()}
         return SleepState(moments, sleep, jnp.zeros((), jnp.int32))
 
@@ -257,7 +260,12 @@ def sleepers_for(config: TrainConfig, model: ModelConfig, params: Any, rows: int
     Raises:
         UserError: `train.lazy` is on where it cannot be.
     """
-    cannot = "model.scan_layers" if model.scan_layers else "train.accumulate" if config.accumulate > 1 else None
+    hindrances = {
+        "model.scan_layers": model.scan_layers,
+        "train.accumulate": config.accumulate > 1,
+        "train.moments": config.moments == "factored",
+    }
+    cannot = next((name for name, on in hindrances.items() if on), None)
     if config.lazy == "on" and cannot:
         raise UserError("Idle experts cannot sleep here.", where="train.lazy", got=f"on, and {cannot}", fix="drop one")
     room, sizes = rows * model.gate.top_k, _sizes(params)
@@ -270,11 +278,6 @@ def sleepers_for(config: TrainConfig, model: ModelConfig, params: Any, rows: int
 def bank_key(block: int | str, kind: str) -> Key:
     """The name of a bank."""
     return f"{block}-{kind}"
-
-
-def bank_leaf(path: Sequence[str]) -> bool:
-    """Whether a parameter is one of a bank of routed experts."""
-    return "banks" in path
 
 
 def _banks(params: Any) -> dict[Key, dict[str, jax.Array]]:

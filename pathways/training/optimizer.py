@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from pathways.config import TrainConfig
+from pathways.training.moments import scale_by_factored, scale_by_stored_adam
 
 DECAYED = ("qkv", "output", "w_in", "w_out", "w_gate", "w_up", "w_down", "kernel", "project", "conv1", "conv2")
 """Names of matrices. Norms, biases, embeddings and gates do not decay."""
@@ -39,13 +41,38 @@ def make_optimizer(
     """
     steps = [
         optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        _scale_by_moments(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule or make_schedule(config)),
     ]
     if rate_of is not None:
         steps.append(_scale_leaves(rate_of))
     return optax.chain(*steps)
+
+
+def _scale_by_moments(config: TrainConfig) -> optax.GradientTransformation:
+    """Adam, with the moments of banks of experts kept as `train.moments` says."""
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.moments == "float32":
+        return adam
+    if config.moments == "bfloat16":
+        experts = scale_by_stored_adam(config.beta1, config.beta2, config.epsilon, jnp.bfloat16)
+    else:
+        experts = scale_by_factored(config.beta2, config.epsilon, _matrix)
+    return optax.partition({"experts": experts, "others": adam}, _owners)
+
+
+def _matrix(path: Any) -> bool:
+    return names(path)[-1] in DECAYED
+
+
+def _owners(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: "experts" if bank_leaf(names(path)) else "others", params)
+
+
+def bank_leaf(path: Sequence[str]) -> bool:
+    """Whether a parameter is one of a bank of routed experts."""
+    return "banks" in path
 
 
 def decay_mask(params: Any) -> Any:
