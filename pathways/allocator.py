@@ -16,8 +16,8 @@ SWITCH = "PATHWAYS_REUSE_MEMORY"
 
 # Parameters of mallopt(3), from malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
-_LARGEST = 2**31 - 1
-_SETTINGS = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _LARGEST), (_TOP_PAD, 64 << 20))
+_NEVER = -1
+_SETTINGS = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, 64 << 20))
 
 
 def reuse_memory() -> bool:

@@ -23,6 +23,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -35,11 +39,23 @@ constexpr int LANES = 16, TILE_ROWS = 12;
 constexpr int LANES = 8, TILE_ROWS = 4;
 #endif
 constexpr int VECTORS = 2, TILE_COLS = LANES * VECTORS;
-constexpr int64_t K_BLOCK = 256, M_BLOCK = 16 * TILE_ROWS, N_BLOCK = 256;
+constexpr int64_t K_BLOCK = 256, K_BLOCK_PLAIN = 16, K_BLOCK_TURNED = 2048, M_BLOCK = 16 * TILE_ROWS;
 constexpr int QUARTER = TILE_ROWS / 4;
+constexpr int64_t CACHE_BYTES = 32 << 20;
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 typedef float Four __attribute__((vector_size(16), aligned(4)));
+
+// What becomes of a tile: it replaces what the result holds, or is added to it, or replaces it past the caches, which
+// spares a large result that is written once from being read first.
+enum class Store { replace, add, stream };
+
+void write(Vector value, float* to, bool stream) {
+#if defined(__AVX512F__)
+  if (stream) return _mm512_stream_ps(to, (__m512)value);
+#endif
+  *(Vector*)to = value;
+}
 
 // A matrix in memory: element (i, j) at data[i * rows + j * cols]; one of the two strides is 1.
 struct Matrix {
@@ -87,11 +103,11 @@ void copy_panel(const float* from, int64_t along_k, int64_t along_line, int64_t 
   else copy_transposed(from, along_line, lines, k, to, width);
 }
 
-// c[M, TILE_COLS] = a[k, M] b[k, TILE_COLS], added to what c holds if `add`; the whole tile in registers.
+// c[M, TILE_COLS] = a[k, M] b[k, TILE_COLS], the whole tile in registers.
 template <int M>
-void tile(int64_t k, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride, bool add) {
+void tile(int64_t k, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride, Store store) {
   Vector sum[M][VECTORS] = {};
-  if (add)
+  if (store == Store::add)
     for (int i = 0; i < M; i++)
       for (int v = 0; v < VECTORS; v++) sum[i][v] = *(const Vector*)(c + i * c_stride + v * LANES);
   for (int64_t p = 0; p < k; p++, a += M, b += b_stride) {
@@ -101,15 +117,15 @@ void tile(int64_t k, const float* a, const float* b, int64_t b_stride, float* c,
       for (int v = 0; v < VECTORS; v++) sum[i][v] += a[i] * right[v];
   }
   for (int i = 0; i < M; i++)
-    for (int v = 0; v < VECTORS; v++) *(Vector*)(c + i * c_stride + v * LANES) = sum[i][v];
+    for (int v = 0; v < VECTORS; v++) write(sum[i][v], c + i * c_stride + v * LANES, store == Store::stream);
 }
 
 void tile_of(int rows, int64_t k, const float* a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-             bool add) {
+             Store store) {
   static_assert(QUARTER == 1 || QUARTER == 3, "a case for each number of rows below");
-  if (rows == 4) tile<4>(k, a, b, b_stride, c, c_stride, add);
-  else if (rows == 8) tile<8>(k, a, b, b_stride, c, c_stride, add);
-  else tile<TILE_ROWS>(k, a, b, b_stride, c, c_stride, add);
+  if (rows == 4) tile<4>(k, a, b, b_stride, c, c_stride, store);
+  else if (rows == 8) tile<8>(k, a, b, b_stride, c, c_stride, store);
+  else tile<TILE_ROWS>(k, a, b, b_stride, c, c_stride, store);
 }
 
 // Tiles of TILE_ROWS rows; the last one is cut to a multiple of 4.
@@ -117,7 +133,7 @@ int rows_of_tile(int64_t left) { return left >= TILE_ROWS ? TILE_ROWS : int((lef
 
 struct Scratch {
   std::vector<float> left, right;
-  Scratch() : left(M_BLOCK * K_BLOCK), right(N_BLOCK * K_BLOCK) {}
+  Scratch() : left(M_BLOCK * K_BLOCK), right(TILE_COLS * K_BLOCK_TURNED) {}
 };
 
 Scratch& scratch() {
@@ -127,43 +143,47 @@ Scratch& scratch() {
 
 // One tile of the result: in place where it is whole, else through a copy.
 void one_tile(int rows, int64_t m, int64_t n, int64_t k, const float* a, const float* b, int64_t b_stride, float* c,
-              int64_t c_stride, bool add) {
-  if (m == rows && n == TILE_COLS) return tile_of(rows, k, a, b, b_stride, c, c_stride, add);
+              int64_t c_stride, Store store) {
+  if (m == rows && n == TILE_COLS) return tile_of(rows, k, a, b, b_stride, c, c_stride, store);
   float part[TILE_ROWS * TILE_COLS] = {};
-  if (add)
+  if (store == Store::add)
     for (int64_t i = 0; i < m; i++) std::memcpy(part + i * TILE_COLS, c + i * c_stride, n * sizeof(float));
-  tile_of(rows, k, a, b, b_stride, part, TILE_COLS, add);
+  tile_of(rows, k, a, b, b_stride, part, TILE_COLS, store == Store::add ? Store::add : Store::replace);
   for (int64_t i = 0; i < m; i++) std::memcpy(c + i * c_stride, part + i * TILE_COLS, n * sizeof(float));
 }
 
-// c[m, n] = a[m, k] b[k, n], added to what c holds if `add`. `c` has rows of c_stride; m is at most M_BLOCK.
-void product(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t c_stride, bool add = false) {
+// How many steps of k are taken at once. Rows of several tiles read each panel of b again and again: it should stay in
+// the first cache. Rows of one tile read it once: then b is read in the order in which it lies in memory, along n where
+// it is used as it is, along k where it is turned.
+int64_t k_block(int64_t m, bool turned) {
+  if (m > TILE_ROWS) return K_BLOCK;
+  return turned ? K_BLOCK_TURNED : K_BLOCK_PLAIN;
+}
+
+// c[m, n] = a[m, k] b[k, n], or more of it (`Store`). `c` has rows of c_stride; m is at most M_BLOCK.
+void product(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int64_t c_stride, Store store) {
+  static_assert(TILE_ROWS * K_BLOCK_TURNED <= M_BLOCK * K_BLOCK, "the left panels of one tile fit");
   Scratch& space = scratch();
-  for (int64_t k0 = 0; k0 < k; k0 += K_BLOCK) {
-    int64_t kb = std::min(K_BLOCK, k - k0);
-    float* left = space.left.data();
+  float *left = space.left.data(), *right = space.right.data();
+  bool turned = b.cols != 1, direct = m <= TILE_ROWS && !turned;
+  int64_t step = k_block(m, turned);
+  if (k > step && store == Store::stream) store = Store::replace;
+  for (int64_t k0 = 0; k0 < k; k0 += step, store = Store::add) {
+    int64_t kb = std::min(step, k - k0);
     for (int64_t i = 0; i < m; i += TILE_ROWS) {
       int rows = rows_of_tile(m - i);
       copy_panel(a.at(i, k0).data, a.cols, a.rows, std::min<int64_t>(rows, m - i), kb, left + i * kb, rows);
     }
-    for (int64_t n0 = 0; n0 < n; n0 += N_BLOCK) {
-      int64_t nb = std::min(N_BLOCK, n - n0);
-      float* right = space.right.data();
-      // A panel that one tile of rows reads is read where it is, unless it must be turned.
-      bool direct = m <= TILE_ROWS && b.cols == 1;
-      for (int64_t j = 0; j < nb; j += TILE_COLS) {
-        int64_t cols = std::min<int64_t>(TILE_COLS, nb - j);
-        if (direct && cols == TILE_COLS) continue;
-        copy_panel(b.at(k0, n0 + j).data, b.rows, b.cols, cols, kb, right + j * kb, TILE_COLS);
+    for (int64_t j = 0; j < n; j += TILE_COLS) {
+      int64_t cols = std::min<int64_t>(TILE_COLS, n - j), stride = b.rows;
+      const float* panel = b.at(k0, j).data;
+      if (!direct || cols < TILE_COLS) {
+        copy_panel(panel, b.rows, b.cols, cols, kb, right, TILE_COLS);
+        panel = right, stride = TILE_COLS;
       }
-      for (int64_t j = 0; j < nb; j += TILE_COLS) {
-        int64_t cols = std::min<int64_t>(TILE_COLS, nb - j);
-        bool in_place = direct && cols == TILE_COLS;
-        const float* panel = in_place ? b.at(k0, n0 + j).data : right + j * kb;
-        for (int64_t i = 0; i < m; i += TILE_ROWS)
-          one_tile(rows_of_tile(m - i), std::min<int64_t>(TILE_ROWS, m - i), cols, kb, left + i * kb, panel,
-                   in_place ? b.rows : TILE_COLS, c + i * c_stride + n0 + j, c_stride, add || k0);
-      }
+      for (int64_t i = 0; i < m; i += TILE_ROWS)
+        one_tile(rows_of_tile(m - i), std::min<int64_t>(TILE_ROWS, m - i), cols, kb, left + i * kb, panel, stride,
+                 c + i * c_stride + j, c_stride, store);
     }
   }
 }
@@ -230,7 +250,8 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats w, Floats b, Integers 
       for (int64_t r = 0; r < size; r++)
         std::memcpy(c + r * outputs, b.typed_data() + group * outputs, outputs * sizeof(float));
     product(size, outputs, inputs, {x.typed_data() + first * inputs, inputs, 1},
-            {w.typed_data() + group * inputs * outputs, outputs, 1}, c, outputs, biased);
+            {w.typed_data() + group * inputs * outputs, outputs, 1}, c, outputs,
+            biased ? Store::add : Store::replace);
   });
   return ffi::Error::Success();
 }
@@ -243,7 +264,7 @@ ffi::Error Inputs(ffi::ThreadPool pool, Floats dy, Floats w, Integers start, Out
   in_parallel(pool, pieces.size(), [&](int64_t i) {
     auto [group, first, size] = pieces[i];
     product(size, inputs, outputs, {dy.typed_data() + first * outputs, outputs, 1},
-            {w.typed_data() + group * inputs * outputs, 1, outputs}, out + first * inputs, inputs);
+            {w.typed_data() + group * inputs * outputs, 1, outputs}, out + first * inputs, inputs, Store::replace);
   });
   return ffi::Error::Success();
 }
@@ -252,13 +273,16 @@ ffi::Error Weights(ffi::ThreadPool pool, Floats x, Floats dy, Integers start, Ou
   int64_t inputs = x.dimensions()[1], outputs = dy.dimensions()[1], groups = start.element_count() - 1;
   bool biased = db->element_count() > 0;
   int64_t parts = (inputs + M_BLOCK - 1) / M_BLOCK;
+  bool aligned = outputs % LANES == 0 && (uintptr_t)dw->typed_data() % (LANES * sizeof(float)) == 0;
+  bool large = dw->size_bytes() > CACHE_BYTES;
   in_parallel(pool, groups * parts, [&](int64_t i) {
     int64_t group = i / parts, a = i % parts * M_BLOCK, size = std::min(M_BLOCK, inputs - a);
     int64_t first = start.typed_data()[group], count = start.typed_data()[group + 1] - first;
     const float* right = dy.typed_data() + first * outputs;
     float* c = dw->typed_data() + (group * inputs + a) * outputs;
     if (count)
-      product(size, outputs, count, {x.typed_data() + first * inputs + a, 1, inputs}, {right, outputs, 1}, c, outputs);
+      product(size, outputs, count, {x.typed_data() + first * inputs + a, 1, inputs}, {right, outputs, 1}, c, outputs,
+              large && aligned ? Store::stream : Store::replace);
     else
       std::memset(c, 0, size * outputs * sizeof(float));
     if (biased && a == 0) {
