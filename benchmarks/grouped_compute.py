@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -98,6 +99,38 @@ def row(name: str, load: str, num: int, ms: dict[str, float], dense: dict[str, f
     return {"E": num, "backend": name, "load": load, **ms, **ratios}
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Forward + backward over the dense layer's, a line for each backend and load."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    lines = dict.fromkeys((line["backend"], line["load"]) for line in rows if line["backend"] != "dense layer")
+    for backend, load in lines:
+        mine = [line for line in rows if (line["backend"], line["load"]) == (backend, load)]
+        style = {"even": "-", "skewed": "--", "-": ":"}[load]
+        colour = {"native": "tab:blue", "buckets": "tab:orange"}.get(backend, "black")
+        label = backend if load == "-" else f"{backend}, {load} load"
+        axes.plot([m["E"] for m in mine], [m["both ratio"] for m in mine], style, color=colour, marker=".", label=label)
+    axes.set(xscale="log", xlabel="experts", ylabel="forward + backward / dense layer", ylim=(0, None))
+    axes.set_xticks(sorted({line["E"] for line in rows}), [str(e) for e in sorted({line["E"] for line in rows})])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pathways"})
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    if path.suffix == ".svg":
+        # Like the other pictures of docs/: a title, and a ground of its own to be read on any page.
+        text = path.read_text(encoding="utf-8")
+        head = re.search(r'<svg [^>]*?width="([^"]+)" height="([^"]+)"[^>]*>', text)
+        assert head is not None
+        ground = f'<title>Experts and a dense layer</title><rect width="{head[1]}" height="{head[2]}" fill="#ffffff"/>'
+        path.write_text(text[: head.end()] + ground + text[head.end() :], encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096)
@@ -110,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backends", nargs="+", default=["native", "buckets"] if native.available() else ["buckets"])
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--json", type=Path, help="write the rows here, too")
+    parser.add_argument("--plot", type=Path, help="draw forward + backward against the number of experts here")
     parser.add_argument("--quick", action="store_true", help="fewer rows, experts and repeats")
     args = parser.parse_args(argv)
     reuse_memory()
@@ -136,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         del cases
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.plot:
+        draw(found, args.plot)
 
 
 if __name__ == "__main__":
