@@ -53,10 +53,19 @@ def oracle(start, x, w, b, dy):
 def test_any_sizes(rows, groups, inputs, outputs, seed):
     start, x, w, b, dy = problem(rows, groups, inputs, outputs, seed)
     expected = oracle(start, *(leaf.astype(np.float64) for leaf in (x, w, b, dy)))
-    with jax.disable_jit(False):
-        y, pull = jax.vjp(lambda x, w, b: grouped_affine(x, w, b, jnp.asarray(start)), x, w, b)
-        found = (y, *pull(jnp.asarray(dy)))
+    y, pull = jax.vjp(lambda x, w, b: grouped_affine(x, w, b, jnp.asarray(start)), x, w, b)
+    found = (y, *pull(jnp.asarray(dy)))
     for actual, desired in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(actual, desired)
+
+
+@needs_native
+@pytest.mark.parametrize(("rows", "groups", "inputs", "outputs"), [(300, 70, 400, 320), (5, 2, 2100, 2064)])
+def test_a_gradient_larger_than_the_caches(rows, groups, inputs, outputs):
+    """Such ones are written past the caches; the second case is also longer than the longest panel."""
+    start, x, w, b, dy = problem(rows, groups, inputs, outputs)
+    y, pull = jax.vjp(lambda x, w, b: grouped_affine(x, w, b, jnp.asarray(start)), x, w, b)
+    for actual, desired in zip((y, *pull(jnp.asarray(dy))), oracle(start, x, w, b, dy), strict=True):
         np.testing.assert_array_equal(actual, desired)
 
 

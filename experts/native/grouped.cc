@@ -43,8 +43,8 @@ constexpr int64_t K_BLOCK = 256, K_BLOCK_PLAIN = 16, K_BLOCK_TURNED = 2048, M_BL
 constexpr int QUARTER = TILE_ROWS / 4;
 constexpr int64_t CACHE_BYTES = 32 << 20;
 
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
-typedef float Four __attribute__((vector_size(16), aligned(4)));
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
 // What becomes of a tile: it replaces what the result holds, or is added to it, or replaces it past the caches, which
 // spares a large result that is written once from being read first.
@@ -55,6 +55,13 @@ void write(Vector value, float* to, bool stream) {
   if (stream) return _mm512_stream_ps(to, (__m512)value);
 #endif
   *(Vector*)to = value;
+}
+
+// Makes what was streamed visible before the work counts as done.
+void finish_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 // A matrix in memory: element (i, j) at data[i * rows + j * cols]; one of the two strides is 1.
@@ -168,6 +175,8 @@ void product(int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, float* c, int6
   bool turned = b.cols != 1, direct = m <= TILE_ROWS && !turned;
   int64_t step = k_block(m, turned);
   if (k > step && store == Store::stream) store = Store::replace;
+  if (k == 0 && store != Store::add)
+    for (int64_t i = 0; i < m; i++) std::memset(c + i * c_stride, 0, n * sizeof(float));
   for (int64_t k0 = 0; k0 < k; k0 += step, store = Store::add) {
     int64_t kb = std::min(step, k - k0);
     for (int64_t i = 0; i < m; i += TILE_ROWS) {
@@ -228,6 +237,7 @@ std::vector<Piece> pieces_of(const Integers& start) {
   for (int64_t g = 0; g + 1 < start.element_count(); g++)
     for (int64_t r = start.typed_data()[g]; r < start.typed_data()[g + 1]; r += M_BLOCK)
       pieces.push_back({g, r, std::min<int64_t>(M_BLOCK, start.typed_data()[g + 1] - r)});
+  std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.size > b.size; });
   return pieces;
 }
 
@@ -280,11 +290,9 @@ ffi::Error Weights(ffi::ThreadPool pool, Floats x, Floats dy, Integers start, Ou
     int64_t first = start.typed_data()[group], count = start.typed_data()[group + 1] - first;
     const float* right = dy.typed_data() + first * outputs;
     float* c = dw->typed_data() + (group * inputs + a) * outputs;
-    if (count)
-      product(size, outputs, count, {x.typed_data() + first * inputs + a, 1, inputs}, {right, outputs, 1}, c, outputs,
-              large && aligned ? Store::stream : Store::replace);
-    else
-      std::memset(c, 0, size * outputs * sizeof(float));
+    product(size, outputs, count, {x.typed_data() + first * inputs + a, 1, inputs}, {right, outputs, 1}, c, outputs,
+            large && aligned ? Store::stream : Store::replace);
+    finish_streaming();
     if (biased && a == 0) {
       float* sum = db->typed_data() + group * outputs;
       std::memset(sum, 0, outputs * sizeof(float));
