@@ -9,7 +9,7 @@ Backends stand in `BACKENDS`. All give the same numbers up to rounding; no row i
 - `dense` applies every expert to every row: the oracle, good for float64, and costs E / K times too much.
 - `native`: products of sorted rows in C++, for CPU in float32, where a compiler is there (`experts.native`).
 - `buckets`: one batched product and a loop over what overflows, in plain XLA (`experts.buckets`).
-- `ragged`: `lax.ragged_dot` on sorted rows, for GPU and TPU (`experts.rows`).
+- `ragged`: `lax.ragged_dot` on sorted rows, for TPU (`experts.rows`).
 """
 
 from __future__ import annotations
@@ -130,6 +130,9 @@ def choose_backend(dtype: Any, platform: str | None = None) -> str:
             names = ", ".join(sorted(BACKENDS))
             raise ValueError(f"unknown backend {wanted!r} in ${OVERRIDE}, expected auto or one of {names}")
         return wanted
-    if (platform or jax.default_backend()) != "cpu":
+    platform = platform or jax.default_backend()
+    if platform == "tpu":
         return "ragged"
+    if platform != "cpu":
+        return "buckets"  # ragged_dot is dense in disguise there, unless a flag of jax is set
     return "native" if dtype == jnp.float32 and native.available() else "buckets"

@@ -1,6 +1,6 @@
 """Backends that work on rows in the order of their experts, without padding, and the movement of rows that all share.
 
-`native` (C++ on CPU) and `ragged` (`lax.ragged_dot`, for GPU and TPU) differ in one thing alone: how they multiply rows
+`native` (C++ on CPU) and `ragged` (`lax.ragged_dot`, for TPU) differ in one thing alone: how they multiply rows
 `[N, A]`, sorted by group, by the matrix of each row's group.
 
 Axis letters: T rows, K experts per row, N = T*K assignments, D width, A inputs and Z outputs of a product, E slots, G
@@ -40,7 +40,7 @@ def native_rows(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_siz
 
 
 def ragged_rows(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: int | None) -> jax.Array:
-    """By `lax.ragged_dot`: native on TPU, a kernel on GPU where jax has one, and on CPU every group on all rows."""
+    """By `lax.ragged_dot`: native on TPU; elsewhere jax applies every group to all rows, unless a flag of it is set."""
     del block_size
     return _by_rows(banks, x, plan, _ragged_affine)
 

@@ -311,6 +311,12 @@ def check(config: Config, where: str = "configuration") -> Config:
     for name in ("train.learning_rate", "train.clip", "train.epsilon"):
         value = getattr(train, name.split(".")[1])
         need(value > 0, "A value must be positive.", f"{name} > 0", f"{name} = {value}")
+    need(
+        train.moments != "bfloat16" or 1 - train.beta2 >= 2**-8,
+        "bfloat16 cannot hold an average that moves so slowly.",
+        "train.beta2 <= 0.996 with train.moments = bfloat16",
+        f"train.beta2 = {train.beta2}",
+    )
     need(0 <= train.warmup <= 1, "A fraction is needed.", "0 <= train.warmup <= 1", f"train.warmup = {train.warmup}")
     for name in ("model.dropout", "train.beta1", "train.beta2"):
         section, key = name.split(".")

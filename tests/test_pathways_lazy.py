@@ -78,13 +78,13 @@ def test_sleeping_experts_end_where_dense_adamw_puts_them(seed, decays):
     with jax.enable_x64(True):
         params = jnp.asarray(start)
         expected = np.asarray(dense(params, grads, decays))
+        moved = np.abs(np.asarray(dense(params, grads, False)) - start)[2:, 3:].max()
         found, stale = slept(params, grads, active, decays)
         assert found.dtype == jnp.float64
         found, stale = np.asarray(found), np.asarray(stale)
     assert_close(found[:, :3], expected[:, :3], scale=0)
-    # Gradients as small as epsilon: exact at both ends, close between them.
-    moved = np.abs(expected - start).max()
-    assert np.abs(found - expected).max() < 0.1 * moved
+    # Gradients as small as epsilon: exact at both ends, and between them within a tenth of an expert's own moves.
+    assert np.abs(found - expected)[:, 3:].max() < 0.1 * moved
     # And it is not that sleeping changes nothing.
     assert np.abs((stale - expected)[2:, :3]).max() > 1e-4
     single, _ = slept(jnp.asarray(start, jnp.float32), grads.astype(np.float32), active, decays)
@@ -99,6 +99,16 @@ def test_a_sleep_of_any_length_stays_finite():
     assert all(np.isfinite(leaf).all() for leaf in found)
     assert_close(found.first, jnp.zeros((1, 2)))
     assert abs(found.value[0, 0]) < np.exp(-20_000 * 1e-3 * RULE.weight_decay) + 1e-3
+
+
+def test_nobody_who_never_moved_is_spoiled():
+    """A decay that has shrunk the sums to nothing, and an average that forgets at once: nothing divides by zero."""
+    rows = lazy.Rows(jnp.ones((1, 2)), jnp.zeros((1, 2)), jnp.zeros((1, 2)))
+    forgetful = replace(RULE, beta2=0.0)
+    for rule, steps, rate in ((RULE, 200_000, 2.5e-3), (forgetful, 3, 1e-3)):
+        sleep = jax.lax.fori_loop(1, steps, lambda t, s, r=rule, e=rate: lazy.sleep_on(s, r, t + 0.0, e), lazy.awake(1))
+        for decays in (False, True):
+            assert np.isfinite(lazy.woken(rows, sleep, rule, decays).value).all()
 
 
 def test_putting_nothing():
@@ -117,9 +127,9 @@ def many(tmp_path_factory, cache_folder):
     return prepared_model(
         tmp_path_factory.mktemp("lazy"),
         names=("wine", "price"),
-        model={"experts": {"mlp": 250, "swiglu": 140, "identity": 1}},
+        model={"experts": {"mlp": 1000, "swiglu": 600, "identity": 1}},
         encoders={"max_length": 8},
-        train={"rows": 4, "weight_decay": 0.1, "epsilon": 1e-15},
+        train={"rows": 4, "weight_decay": 0.1, "epsilon": 1e-15, "learning_rate": 1e-3},
     )
 
 
@@ -132,7 +142,7 @@ def trained(prepared, sub, sleepers, steps, spoil=None):
     """The step, the state after some of them, and the last metrics; the loss of step `spoil` is not finite."""
     config = prepared.config.train
     trainable = EVERYTHING if sleepers is None else Trainable(lambda path: not bank_leaf(path))
-    options = {"statistics": True, "trainable": trainable, "sleepers": sleepers}
+    options = {"statistics": False, "trainable": trainable, "sleepers": sleepers}
     optimizer = make_optimizer(config)
     step = make_step(sub, optimizer, prepared.config.balance, seed=0, **options)
     state, metrics = initial_state(sub, optimizer, **options), None
@@ -159,7 +169,7 @@ def test_a_network_trained_lazily_is_the_one_trained_densely(many):
     settled = sleepers.settle(state.params, state.asleep)
     jax.tree.map(assert_close, settled, expected.params)
     worst = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.params, expected.params)
-    assert max(jax.tree.leaves(worst)) > 1e-3
+    assert max(jax.tree.leaves(worst)) > 2e-4
 
 
 def test_a_step_that_is_not_finite_leaves_everything(many):
@@ -172,23 +182,19 @@ def test_a_step_that_is_not_finite_leaves_everything(many):
 
 
 def test_banks_are_written_in_place(many):
-    """Parameters and both moments go out in the buffers they came in, and the program copies no bank."""
+    """Parameters and both moments go out in the buffers they came in; other memory has no room for a copy of them."""
     prepared, sub, batch = many
     sleepers = sleepers_of(prepared, sub)
     step, state, _ = trained(prepared, sub, sleepers, 1)
-    program = step.lower(state, jax.tree.map(lambda leaf: leaf[None], batch)).compile()
-    banks = [leaf for bank in lazy._banks(state.params).values() for leaf in bank.values()]
-    assert program.memory_analysis().alias_size_in_bytes > 3 * sum(leaf.nbytes for leaf in banks)
-    shapes = {f"f32[{','.join(map(str, leaf.shape))}]" for leaf in banks if leaf.ndim == 3}
-    lines = [line.split("=", 1)[1] for line in program.as_text().splitlines() if "=" in line]
-    whole = [line for line in lines if any(line.strip().startswith(shape) for shape in shapes)]
-    assert any("scatter" in line for line in whole)
-    assert not [line for line in whole if " copy(" in line or " select(" in line or " add(" in line]
+    memory = step.lower(state, jax.tree.map(lambda leaf: leaf[None], batch)).compile().memory_analysis()
+    banks = sum(leaf.nbytes for bank in lazy._banks(state.params).values() for leaf in bank.values())
+    assert memory.alias_size_in_bytes > 3 * banks
+    assert memory.temp_size_in_bytes < banks
 
 
-@pytest.mark.parametrize(("how", "rows", "sleeps"), [("auto", 32, True), ("auto", 64, False), ("off", 32, False)])
+@pytest.mark.parametrize(("how", "rows", "sleeps"), [("auto", 32, True), ("auto", 160, False), ("off", 32, False)])
 def test_who_sleeps(many, how, rows, sleeps):
-    """Two choices of each row reach 64 of 140 experts at most, or 128."""
+    """Two choices of each row reach 64 of 600 experts at most, or 320."""
     prepared, sub, _ = many
     config = replace(prepared.config.train, lazy=how)
     assert (lazy.sleepers_for(config, sub.config.model, sub.params, rows) is not None) == sleeps
@@ -197,9 +203,19 @@ def test_who_sleeps(many, how, rows, sleeps):
 
 def test_what_cannot_sleep_is_told(many):
     prepared, sub, _ = many
-    for name, value in (("accumulate", 2), ("moments", "factored")):
+    for name, value in (("accumulate", 2), ("moments", "factored"), ("beta2", 0.8)):
         config = replace(prepared.config.train, lazy="on", **{name: value})
         with pytest.raises(UserError, match=rf"(?s)Idle experts cannot sleep here.*train\.{name}"):
             lazy.sleepers_for(config, sub.config.model, sub.params, 32)
     scanned = replace(sub.config.model, scan_layers=True)
     assert lazy.sleepers_for(prepared.config.train, scanned, sub.params, 32) is None
+
+
+def test_a_kind_without_experts_does_not_hinder(many):
+    prepared, sub, _ = many
+    banks = {"mlp": {"w_in": jnp.zeros((100, 2, 2))}, "none": {"w_in": jnp.zeros((0, 2))}}
+    params = {"blocks": [{"routed": {"banks": banks}}]}
+    sleepers = lazy.sleepers_for(prepared.config.train, sub.config.model, params, 4)
+    assert sleepers is not None
+    assert sleepers.room == {"0-mlp": 8}
+    jax.tree.map(np.testing.assert_array_equal, sleepers.settle(params, sleepers.init(params)), params)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -390,7 +391,18 @@ def test_a_profile_of_ten_steps(tmp_path):
             profiler.after(step, out)
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    assert f"profile of steps 14 to 23: {trace}" in (tmp_path / "events.jsonl").read_text()
+    profiler.close()
+    assert (tmp_path / "events.jsonl").read_text().count(f"profile from step 14 on: {trace}") == 1
+
+
+def test_a_run_that_ends_while_it_is_profiled_leaves_a_profile(tmp_path):
+    with Monitor(tmp_path, 40, quiet=True) as monitor:
+        profiler = Profiler(tmp_path / "profile", 0, 40, monitor)
+        with closing(profiler):
+            profiler.before(11)
+    assert list((tmp_path / "profile").rglob("perfetto_trace.json.gz"))
+    jax.profiler.start_trace(tmp_path / "another")
+    jax.profiler.stop_trace()
 
 
 def test_a_run_too_short_for_a_profile_says_so(tmp_path):

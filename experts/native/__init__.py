@@ -66,5 +66,5 @@ def _call(name: str, shapes: tuple[tuple[int, ...], ...], *operands: jax.Array) 
     outputs = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     found = jax.ffi.ffi_call(f"pathways_grouped_{name}", outputs, vmap_method="sequential")(*operands)
     # Inside shard_map the results differ from device to device as the rows do, which ffi_call does not say.
-    varying = tuple(jax.typeof(operands[0]).manual_axis_type.varying)
+    varying = tuple(frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in operands)))
     return [lax.pcast(leaf, varying, to="varying") if varying else leaf for leaf in found]

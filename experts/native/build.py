@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +25,9 @@ FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 LONGEST = 120.0
 """Seconds that a compilation may take."""
 
+_lock = threading.Lock()
+_found: bool | None = None
+
 
 def user_cache() -> Path:
     """Where pathways keeps what can be made again: `$PATHWAYS_CACHE`, else a folder in the user's cache folder."""
@@ -31,53 +35,88 @@ def user_cache() -> Path:
     return Path(os.environ.get("PATHWAYS_CACHE") or f"{home}/pathways").expanduser()
 
 
-@functools.cache
 def available() -> bool:
     """Whether the products can be called in this process; builds and registers them at the first call."""
-    if os.environ.get(SWITCH) == "0" or not sys.platform.startswith(("linux", "darwin")):
-        return False
+    global _found
+    with _lock:
+        if _found is None:
+            _found = _wanted() and _register()
+        return _found
+
+
+def _wanted() -> bool:
+    return os.environ.get(SWITCH) != "0" and sys.platform.startswith(("linux", "darwin"))
+
+
+def _register() -> bool:
     try:
-        library = ctypes.CDLL(str(_built()))
+        library = _loaded()
         for name in TARGETS:
             handler = jax.ffi.pycapsule(getattr(library, f"pathways_grouped_{name}"))
             jax.ffi.register_ffi_target(f"pathways_grouped_{name}", handler, platform="cpu")
-    except (OSError, subprocess.SubprocessError, AttributeError):
+    except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError, ValueError, ImportError):
         return False
     return True
 
 
-def _built() -> Path:
+def _loaded() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(built()))
+    except OSError:
+        # A file that was cut off or damaged is made once more.
+        _place().unlink(missing_ok=True)
+        return ctypes.CDLL(str(built()))
+
+
+def built() -> Path:
     """The shared library; compiled if this machine has none of this source yet.
 
     Raises:
-        OSError: no compiler, or the cache folder cannot be written.
-        subprocess.SubprocessError: the compiler failed, or took too long.
+        OSError: no compiler, or the cache folder cannot be written or could be written by others.
+        subprocess.SubprocessError: every compiler failed, or took too long.
     """
-    library = user_cache() / "native" / f"grouped-{_key()}.so"
-    if library.exists():
-        return library
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = library.with_suffix(f".{os.getpid()}")
-    try:
-        command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(unfinished)]
-        subprocess.run(command, check=True, capture_output=True, timeout=LONGEST)
-        unfinished.replace(library)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    library = _place()
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not library.exists():
+        _compile(library)
+    for path in (library.parent, library):
+        # What is loaded runs as this user, so nobody else may have put it there.
+        found = path.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{path} can be written by others")
     return library
+
+
+def _compile(library: Path) -> None:
+    compilers = [found for name in COMPILERS if (found := shutil.which(name))]
+    failed = library.with_suffix(".failed")
+    tried = " ".join(compilers)
+    if not compilers or (failed.exists() and failed.read_text(encoding="utf-8").startswith(f"{tried}\n")):
+        raise FileNotFoundError(f"no C++ compiler that can build it; see {failed}")
+    said = ""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        unfinished = Path(folder) / library.name
+        for compiler in compilers:
+            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(unfinished)]
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=LONGEST)
+            if done.returncode == 0:
+                unfinished.chmod(0o700)
+                unfinished.replace(library)
+                return
+            said += done.stderr
+    # So that not every start tries again what cannot be.
+    failed.write_text(f"{tried}\n{said}", encoding="utf-8")
+    raise subprocess.SubprocessError(f"no compiler could build it; see {failed}")
+
+
+def _place() -> Path:
+    return user_cache() / "native" / f"grouped-{_key()}.so"
 
 
 def _key() -> str:
     """Of all that the compiled code depends on: the source, jaxlib's headers, and what the processor can do."""
-    parts = [
-        SOURCE.read_bytes(),
-        metadata.version("jaxlib").encode(),
-        platform.machine().encode(),
-        " ".join(FLAGS).encode(),
-    ]
+    names = (metadata.version("jaxlib"), platform.machine(), *FLAGS)
+    parts = [SOURCE.read_bytes(), *(name.encode() for name in names)]
     described = Path("/proc/cpuinfo")
     if described.exists():
         lines = described.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -46,6 +46,13 @@ constexpr int64_t CACHE_BYTES = 32 << 20;
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
+#if defined(__clang__)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int Order __attribute__((vector_size(16)));
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#endif
+
 // What becomes of a tile: it replaces what the result holds, or is added to it, or replaces it past the caches, which
 // spares a large result that is written once from being read first.
 enum class Store { replace, add, stream };
@@ -81,13 +88,13 @@ void copy_transposed(const float* from, int64_t stride, int64_t lines, int64_t l
     for (; e + 4 <= length; e += 4) {
       Four r0 = *(const Four*)(a + e), r1 = *(const Four*)(a + stride + e);
       Four r2 = *(const Four*)(a + 2 * stride + e), r3 = *(const Four*)(a + 3 * stride + e);
-      Four t0 = __builtin_shufflevector(r0, r1, 0, 4, 1, 5), t1 = __builtin_shufflevector(r0, r1, 2, 6, 3, 7);
-      Four t2 = __builtin_shufflevector(r2, r3, 0, 4, 1, 5), t3 = __builtin_shufflevector(r2, r3, 2, 6, 3, 7);
+      Four t0 = SHUFFLED(r0, r1, 0, 4, 1, 5), t1 = SHUFFLED(r0, r1, 2, 6, 3, 7);
+      Four t2 = SHUFFLED(r2, r3, 0, 4, 1, 5), t3 = SHUFFLED(r2, r3, 2, 6, 3, 7);
       float* out = to + e * width + l;
-      *(Four*)out = __builtin_shufflevector(t0, t2, 0, 1, 4, 5);
-      *(Four*)(out + width) = __builtin_shufflevector(t0, t2, 2, 3, 6, 7);
-      *(Four*)(out + 2 * width) = __builtin_shufflevector(t1, t3, 0, 1, 4, 5);
-      *(Four*)(out + 3 * width) = __builtin_shufflevector(t1, t3, 2, 3, 6, 7);
+      *(Four*)out = SHUFFLED(t0, t2, 0, 1, 4, 5);
+      *(Four*)(out + width) = SHUFFLED(t0, t2, 2, 3, 6, 7);
+      *(Four*)(out + 2 * width) = SHUFFLED(t1, t3, 0, 1, 4, 5);
+      *(Four*)(out + 3 * width) = SHUFFLED(t1, t3, 2, 3, 6, 7);
     }
     for (; e < length; e++)
       for (int64_t i = 0; i < 4; i++) to[e * width + l + i] = a[i * stride + e];
@@ -282,22 +289,25 @@ ffi::Error Inputs(ffi::ThreadPool pool, Floats dy, Floats w, Integers start, Out
 ffi::Error Weights(ffi::ThreadPool pool, Floats x, Floats dy, Integers start, Out dw, Out db) {
   int64_t inputs = x.dimensions()[1], outputs = dy.dimensions()[1], groups = start.element_count() - 1;
   bool biased = db->element_count() > 0;
-  int64_t parts = (inputs + M_BLOCK - 1) / M_BLOCK;
+  int64_t row_parts = std::max<int64_t>(1, (inputs + M_BLOCK - 1) / M_BLOCK);
+  // Whole rows of a matrix where there are many, so that memory is written in order; else pieces for all threads.
+  int64_t width = groups * row_parts < 4 * pool.num_threads() ? 4 * TILE_COLS : std::max<int64_t>(1, outputs);
+  int64_t parts = row_parts * ((outputs + width - 1) / width);
   bool aligned = outputs % LANES == 0 && (uintptr_t)dw->typed_data() % (LANES * sizeof(float)) == 0;
-  bool large = dw->size_bytes() > CACHE_BYTES;
+  Store store = aligned && dw->size_bytes() > (size_t)CACHE_BYTES ? Store::stream : Store::replace;
   in_parallel(pool, groups * parts, [&](int64_t i) {
-    int64_t group = i / parts, a = i % parts * M_BLOCK, size = std::min(M_BLOCK, inputs - a);
+    int64_t group = i / parts, a = i % parts % row_parts * M_BLOCK, z = i % parts / row_parts * width;
+    int64_t size = std::min(M_BLOCK, inputs - a), columns = std::min(width, outputs - z);
     int64_t first = start.typed_data()[group], count = start.typed_data()[group + 1] - first;
-    const float* right = dy.typed_data() + first * outputs;
-    float* c = dw->typed_data() + (group * inputs + a) * outputs;
-    product(size, outputs, count, {x.typed_data() + first * inputs + a, 1, inputs}, {right, outputs, 1}, c, outputs,
-            large && aligned ? Store::stream : Store::replace);
+    const float* right = dy.typed_data() + first * outputs + z;
+    product(size, columns, count, {x.typed_data() + first * inputs + a, 1, inputs}, {right, outputs, 1},
+            dw->typed_data() + (group * inputs + a) * outputs + z, outputs, store);
     finish_streaming();
     if (biased && a == 0) {
-      float* sum = db->typed_data() + group * outputs;
-      std::memset(sum, 0, outputs * sizeof(float));
+      float* sum = db->typed_data() + group * outputs + z;
+      std::memset(sum, 0, columns * sizeof(float));
       for (int64_t r = 0; r < count; r++)
-        for (int64_t z = 0; z < outputs; z++) sum[z] += right[r * outputs + z];
+        for (int64_t j = 0; j < columns; j++) sum[j] += right[r * outputs + j];
     }
   });
   return ffi::Error::Success();

@@ -35,15 +35,21 @@ def set_up_jax() -> None:
 
 
 def _check_backend() -> None:
-    import jax.numpy as jnp
-
-    from experts.compute import OVERRIDE, choose_backend
+    """Refuses a backend that there is not, before anything is compiled."""
+    from experts.compute import BACKENDS, OVERRIDE
+    from experts.native import available
     from tasks.errors import UserError
 
-    try:
-        choose_backend(jnp.float32, "cpu")
-    except ValueError as error:
-        raise UserError("There is no such backend.", where=f"${OVERRIDE}", got=str(error)) from None
+    wanted = os.environ.get(OVERRIDE) or "auto"
+    if wanted not in ("auto", *BACKENDS):
+        names = ", ".join(["auto", *sorted(BACKENDS)])
+        raise UserError("There is no such backend.", where=f"${OVERRIDE}", expected=f"one of {names}", got=wanted)
+    if wanted == "native" and not available():
+        raise UserError(
+            "The native backend is not there.",
+            where=f"${OVERRIDE}",
+            fix="install g++ or clang++, unset PATHWAYS_NATIVE, or choose another backend",
+        )
 
 
 def run_train(args: Namespace) -> None:

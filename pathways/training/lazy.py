@@ -109,7 +109,8 @@ def woken(rows: Rows, sleep: Sleep, rule: Rule, decays: bool) -> Rows:
     shape = (-1,) + (1,) * (rows.value.ndim - 1)
     rows = jax.tree.map(lambda leaf: leaf.astype(rows.value.dtype), rows)
     to_root, to_epsilon = (sums[int(decays)].reshape(shape) for sums in (sleep.to_root, sleep.to_epsilon))
-    missed = to_epsilon > 0
+    # A decay that has shrunk one of the sums to nothing has shrunk the moves to nothing, too.
+    missed = (to_epsilon > 0) & (to_root > 0)
     below = jnp.sqrt(rows.second) / jnp.where(missed, to_root, 1) + rule.epsilon / jnp.where(missed, to_epsilon, 1)
     move = jnp.where(missed, rows.first / below, 0)
     shrink = sleep.shrink.reshape(shape) if decays else 1.0
@@ -264,6 +265,8 @@ def sleepers_for(config: TrainConfig, model: ModelConfig, params: Any, rows: int
         "model.scan_layers": model.scan_layers,
         "train.accumulate": config.accumulate > 1,
         "train.moments": config.moments == "factored",
+        # The moves of a sleep must fade while epsilon is still small beside the second moment.
+        "these train.beta1 and train.beta2": config.beta1**2 > 0.9 * config.beta2,
     }
     cannot = next((name for name, on in hindrances.items() if on), None)
     if config.lazy == "on" and cannot:
@@ -285,7 +288,7 @@ def _banks(params: Any) -> dict[Key, dict[str, jax.Array]]:
     found: dict[Key, dict[str, jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         place = names(path)
-        if bank_leaf(place):
+        if bank_leaf(place) and leaf.shape[0]:
             found.setdefault(bank_key(place[1], place[-2]), {})[place[-1]] = leaf
     return found
 
@@ -297,6 +300,6 @@ def _sizes(params: Any) -> dict[Key, int]:
 def _with_banks(params: Any, banks: dict[Key, dict[str, jax.Array]]) -> Any:
     def replaced(path: Any, old: jax.Array) -> jax.Array:
         place = names(path)
-        return banks[bank_key(place[1], place[-2])][place[-1]] if bank_leaf(place) else old
+        return banks[bank_key(place[1], place[-2])][place[-1]] if bank_leaf(place) and old.shape[0] else old
 
     return jax.tree_util.tree_map_with_path(replaced, params)

@@ -122,7 +122,7 @@ def train(
     batches = stream(position)
     pending = Pending(monitor, config, hooks, schedule)
     profiler = Profiler(profile, first, config.steps, monitor)
-    with closing(batches), stopping_softly() as asked:
+    with closing(batches), closing(profiler), stopping_softly() as asked:
         for step in range(first + 1, config.steps + 1):
             if config.patience and progress.waited >= config.patience:
                 monitor.event(f"stopped early: no better mean on validation since step {progress.best_step}")

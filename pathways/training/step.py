@@ -64,8 +64,8 @@ Step = Callable[[TrainState, dict[str, Any]], tuple[TrainState, Metrics]]
 def per_example_loss(out: Outputs, batch: dict[str, Any], table: TaskTable) -> tuple[jax.Array, jax.Array]:
     """Loss `[N]` of each example and whether it has one `[N]`.
 
-    A tagged example's is the sum of its tokens': like every other loss, minus the log-likelihood of all its labels. As
-    a mean it would count for so little among other tasks that taggers stay behind (docs/benchmarks.md).
+    A tagged example's is the sum of its tokens': as every cross-entropy, minus the log-likelihood of all its labels. A
+    mean would count for so little among other tasks that taggers stay behind (docs/benchmarks.md).
     """
     task = jnp.maximum(batch["task"], 0)
     present = batch["task"] >= 0
