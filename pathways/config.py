@@ -132,7 +132,8 @@ class TrainConfig:
             step's rows can reach half of every bank at most.
         seed: of parameters, order of data, noise and dropout.
         eval_every: steps between validations; 0 only at the end.
-        eval_rows: the most validation rows of a task looked at in training; the end uses all.
+        eval_rows: the most validation rows of a task looked at in training; the end uses all. Each task weighs as many
+            in the mean that says which parameters were best.
         patience: validations without a better mean before training stops; 0 never.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of `metrics.jsonl`.

@@ -90,8 +90,14 @@ def quality(fitted: FittedTask, predicted: Predicted, examples: Sequence[Example
     return -value if name == "cross_entropy" else value
 
 
-def mean_quality(of_tasks: Mapping[str, float]) -> float:
-    """The mean over tasks that have one; minus infinity if none has."""
-    known = [value for value in of_tasks.values() if np.isfinite(value)]
-    # One hopeless R2 on a handful of rows must not decide over all the other tasks.
-    return float(np.mean(np.clip(known, -1.0, 1.0))) if known else float("-inf")
+def mean_quality(of_tasks: Mapping[str, float], rows: Mapping[str, int]) -> float:
+    """The mean over tasks that have one, each weighed by the rows it was seen on; minus infinity if none has.
+
+    By rows, since a figure's variance falls with them: a hundred tasks of a handful of rows would otherwise drown the
+    others in their noise. For the same reason one hopeless R2 counts as -1.
+    """
+    known = [name for name, value in of_tasks.items() if np.isfinite(value) and rows[name]]
+    if not known:
+        return float("-inf")
+    values = np.clip([of_tasks[name] for name in known], -1.0, 1.0)
+    return float(np.average(values, weights=[rows[name] for name in known]))

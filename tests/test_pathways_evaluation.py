@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+from tolerance import assert_close
 
 import pathways as pw
 from pathways.adding import baselines, fit, remove_task
 from pathways.counting import free_step, to_counts
 from pathways.evaluation import evaluate
 from pathways.model import STATISTICS, Model, beside
+from pathways.quality import mean_quality
 from routing.counters import Counters
 from tasks.cache import encode_split
 from tasks.errors import UserError
@@ -99,6 +101,14 @@ def test_unseen_tags_and_cut_words_count_as_wrong(tiny_model: Model, tmp_path: P
     assert found.metrics["token_accuracy"] == pytest.approx(right / 63)
     assert found.confusion is not None
     assert found.confusion[:, -1].sum() == tags[1].count(None)
+
+
+def test_the_mean_over_tasks_weighs_them_by_their_rows() -> None:
+    # (0.9 * 300 + 0.5 * 100 - 1 * 5) / 405: an R2 of -40 counts as -1, and what is not known in nothing.
+    figures = {"large": 0.9, "middling": 0.5, "tiny": -40.0, "unknown": float("nan"), "empty": 0.3}
+    rows = {"large": 300, "middling": 100, "tiny": 5, "unknown": 50, "empty": 0}
+    assert_close(mean_quality(figures, rows), 315 / 405)
+    assert mean_quality({"unknown": float("nan")}, rows) == float("-inf")
 
 
 def test_cut_words_count_as_wrong_in_what_is_noted_too(tiny_model: Model, tmp_path: Path, cache_folder: Path) -> None:

@@ -213,7 +213,8 @@ def make_hooks(prepared: Prepared, writer: StatisticsWriter | None, sub: SubMode
     def evaluate(sub: SubModel) -> dict[str, float]:
         found = predict_examples(sub, {task: items for task, items in sample.items() if items})
         each = {task: quality(sub.entries[sub.number(task)].fitted, out, sample[task]) for task, out in found.items()}
-        return {"quality": mean_quality(each), **{f"quality/{task}": value for task, value in each.items()}}
+        seen = {task: len(sample[task]) for task in each}
+        return {"quality": mean_quality(each, seen), **{f"quality/{task}": value for task, value in each.items()}}
 
     def record(step: int, counts: Any) -> None:
         if writer is not None and counts and counts[0].rows.sum() > 0:
