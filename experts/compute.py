@@ -93,7 +93,7 @@ def _check(banks: dict[str, Placed], x: jax.Array, plan: Plan, block_size: int |
 
 
 def _identity(bank: Placed, x: jax.Array, plan: Plan) -> jax.Array:
-    mine = (plan.slot >= bank.start) & (plan.slot < bank.start + bank.num)
+    mine = bank.owns(plan.slot)
     weight = jnp.where(mine, plan.weight, 0).sum(1).astype(wide(x.dtype))
     return jnp.where(mine.any(1)[:, None], weight[:, None] * x.astype(weight.dtype), 0)
 

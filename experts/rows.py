@@ -93,10 +93,9 @@ def _only(by_slot: Sorted, bank: Placed) -> Mine:
     start = by_slot.start[bank.start : bank.start + bank.num + 1]
     at = start[0] + lax.iota(jnp.int32, n)
     order = jnp.where(at < start[-1], by_slot.order.at[at].get(mode="clip"), n)
-    local = by_slot.group - bank.start
-    inside = (local >= 0) & (local < bank.num)
-    position = start[jnp.clip(local, 0, bank.num - 1)] + by_slot.rank - start[0]
-    return Mine(start - start[0], order, jnp.where(inside, position, n))
+    local = jnp.clip(by_slot.group - bank.start, 0, bank.num - 1)
+    position = start[local] + by_slot.rank - start[0]
+    return Mine(start - start[0], order, jnp.where(bank.owns(by_slot.group), position, n))
 
 
 def sort_plan(banks: Mapping[str, Placed], plan: Plan) -> tuple[Sorted, int]:
@@ -104,7 +103,7 @@ def sort_plan(banks: Mapping[str, Placed], plan: Plan) -> tuple[Sorted, int]:
     num_slots = max(bank.start + bank.num for bank in banks.values())
     in_a_bank = jnp.zeros(plan.slot.shape, bool)
     for bank in banks.values():
-        in_a_bank |= (plan.slot >= bank.start) & (plan.slot < bank.start + bank.num)
+        in_a_bank |= bank.owns(plan.slot)
     return sort_by_group(jnp.where(in_a_bank, plan.slot, num_slots).reshape(-1), num_slots), num_slots
 
 

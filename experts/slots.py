@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
+
 from experts.kinds import Bank
 
 
@@ -13,3 +15,7 @@ class Placed(NamedTuple):
     params: Bank
     start: int
     num: int
+
+    def owns(self, slot: jax.Array) -> jax.Array:
+        """Whether each slot is one of its own."""
+        return (slot >= self.start) & (slot < self.start + self.num)

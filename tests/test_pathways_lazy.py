@@ -15,9 +15,8 @@ from tolerance import assert_close
 
 from pathways.training import lazy
 from pathways.training.loop import batches_of
-from pathways.training.optimizer import bank_leaf, make_optimizer
+from pathways.training.optimizer import make_optimizer
 from pathways.training.step import initial_state, make_step
-from pathways.training.trainable import EVERYTHING, Trainable
 from tasks.errors import UserError
 from tasks.pipeline import TrainStream
 
@@ -141,8 +140,7 @@ def sleepers_of(prepared, sub, how="auto"):
 def trained(prepared, sub, sleepers, steps, spoil=None):
     """The step, the state after some of them, and the last metrics; the loss of step `spoil` is not finite."""
     config = prepared.config.train
-    trainable = EVERYTHING if sleepers is None else Trainable(lambda path: not bank_leaf(path))
-    options = {"statistics": False, "trainable": trainable, "sleepers": sleepers}
+    options = {"statistics": False, "sleepers": sleepers}
     optimizer = make_optimizer(config)
     step = make_step(sub, optimizer, prepared.config.balance, seed=0, **options)
     state, metrics = initial_state(sub, optimizer, **options), None

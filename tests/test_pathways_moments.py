@@ -14,9 +14,8 @@ from tolerance import assert_close
 
 from pathways.training.lazy import sleepers_for
 from pathways.training.moments import scale_by_factored, scale_by_stored_adam
-from pathways.training.optimizer import bank_leaf, make_optimizer
+from pathways.training.optimizer import make_optimizer
 from pathways.training.step import initial_state, make_step
-from pathways.training.trainable import EVERYTHING, Trainable
 
 
 def gradients(steps: int, shape: tuple[int, ...]):
@@ -92,8 +91,7 @@ def test_each_trains_in_the_memory_it_promises(model, moments, lazy):
     prepared, sub, batch = model
     config = replace(prepared.config.train, moments=moments, lazy=lazy, steps=30)
     sleepers = sleepers_for(config, sub.config.model, sub.params, 128)
-    trainable = EVERYTHING if sleepers is None else Trainable(lambda path: not bank_leaf(path))
-    optimizer, options = make_optimizer(config), {"statistics": False, "trainable": trainable, "sleepers": sleepers}
+    optimizer, options = make_optimizer(config), {"statistics": False, "sleepers": sleepers}
     step = make_step(sub, optimizer, prepared.config.balance, seed=0, **options)
     state = initial_state(sub, optimizer, **options)
     banks = sum(leaf.nbytes for path, leaf in sub.flat().items() if "banks" in path)

@@ -50,11 +50,10 @@ from pathways.training.checkpoint import Checkpoints, refuse_differences
 from pathways.training.lazy import sleepers_for
 from pathways.training.loop import Hooks, Progress
 from pathways.training.loop import train as run_loop
-from pathways.training.optimizer import bank_leaf, make_optimizer, make_schedule
+from pathways.training.optimizer import make_optimizer, make_schedule
 from pathways.training.profiler import FOLDER as PROFILE
 from pathways.training.run import CONFIG, LOCK, VERSIONS, prepare_folder, resolved, sole_user
 from pathways.training.step import initial_state, make_step
-from pathways.training.trainable import EVERYTHING, Trainable
 from tasks.batch import BatchShape
 from tasks.errors import UserError
 from tasks.fitted import FittedTask
@@ -247,10 +246,9 @@ def _run(
     optimizer = make_optimizer(config, schedule)
     rows = prepared.shape.rows * prepared.shape.length
     sleepers = sleepers_for(config, sub.config.model, sub.params, rows)
-    trainable = EVERYTHING if sleepers is None else Trainable(lambda path: not bank_leaf(path))
-    options: dict[str, Any] = {"statistics": config.statistics, "trainable": trainable, "sleepers": sleepers}
-    step = make_step(sub, optimizer, prepared.config.balance, seed=config.seed, **options)
-    state = initial_state(sub, optimizer, **options)
+    counted = config.statistics
+    step = make_step(sub, optimizer, prepared.config.balance, seed=config.seed, statistics=counted, sleepers=sleepers)
+    state = initial_state(sub, optimizer, statistics=counted, sleepers=sleepers)
     writer = StatisticsWriter(folder / STATISTICS, start_step=first) if config.statistics else None
 
     def stream(position: dict[str, Any] | None) -> TrainStream:

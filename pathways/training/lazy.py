@@ -28,7 +28,9 @@ import jax
 import jax.numpy as jnp
 
 from pathways.config import ModelConfig, TrainConfig
+from pathways.training.moments import adam_direction
 from pathways.training.optimizer import DECAYED, bank_leaf, make_schedule, names
+from pathways.training.trainable import Trainable
 from tasks.errors import UserError
 
 Key = str
@@ -125,7 +127,7 @@ def updated(rows: Rows, grad: jax.Array, rule: Rule, decays: bool, step: jax.Arr
     """AdamW's step of awake experts: as `optax.adamw`, decay inside the rate."""
     first = rule.beta1 * rows.first + (1 - rule.beta1) * grad
     second = rule.beta2 * rows.second + (1 - rule.beta2) * jnp.square(grad)
-    direction = first / (1 - rule.beta1**step) / (jnp.sqrt(second / (1 - rule.beta2**step)) + rule.epsilon)
+    direction = adam_direction(first, second, rule.beta1, rule.beta2, rule.epsilon, step)
     if decays:
         direction = direction + rule.weight_decay * rows.value
     return Rows(rows.value - rate * direction, first, second)
@@ -200,6 +202,10 @@ class Sleepers:
             return of_kind
 
         return of_block
+
+    def others(self, trainable: Trainable) -> Trainable:
+        """What of `trainable` an ordinary optimizer trains: all but the banks."""
+        return Trainable(lambda path: trainable.leaf(path) and not bank_leaf(path), trainable.rows)
 
     def clipped(self, grads: Any, norm: jax.Array) -> Any:
         """The other gradients, clipped by the norm of all; what clips them once more finds nothing left to do."""

@@ -27,6 +27,13 @@ class Factored(NamedTuple):
     columns: Any
 
 
+def adam_direction(
+    first: jax.Array, second: jax.Array, beta1: float, beta2: float, epsilon: float, count: jax.Array
+) -> jax.Array:
+    """Adam's move for a rate of 1, from moments after `count` updates that began with zeros."""
+    return first / (1 - beta1**count) / (jnp.sqrt(second / (1 - beta2**count)) + epsilon)
+
+
 def scale_by_stored_adam(beta1: float, beta2: float, epsilon: float, dtype: Any) -> optax.GradientTransformation:
     """Adam whose moments are kept in `dtype` and computed in the gradient's.
 
@@ -43,10 +50,7 @@ def scale_by_stored_adam(beta1: float, beta2: float, epsilon: float, dtype: Any)
         first = _averaged(state.first, grads, beta1)
         second = _averaged(state.second, jax.tree.map(jnp.square, grads), beta2)
 
-        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
-            return m / (1 - beta1**count) / (jnp.sqrt(v / (1 - beta2**count)) + epsilon)
-
-        moves = jax.tree.map(direction, first, second)
+        moves = jax.tree.map(lambda m, v: adam_direction(m, v, beta1, beta2, epsilon, count), first, second)
         kept = jax.tree.map(lambda leaf: leaf.astype(dtype), (first, second))
         return moves, Stored(count, *kept)
 

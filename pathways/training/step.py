@@ -108,9 +108,11 @@ def make_step(
 
     Args:
         trainable: what gets gradients; the rest is constant, so nothing is spent on it. All by default.
-        sleepers: banks whose idle experts sleep; `trainable` must leave them out, and A be 1.
+        sleepers: banks whose idle experts sleep; they train besides, and A must be 1.
     """
     graph, table = sub.graph, sub.table
+    if sleepers is not None:
+        trainable = sleepers.others(trainable)
 
     def loss_of(trained: Any, rest: Any, bias: Any, batch: dict[str, Any], key: jax.Array):
         (own, deltas), (constant, asleep) = trained, rest
@@ -213,6 +215,8 @@ def initial_state(
 ) -> TrainState:
     """The state before the first step. The sub-model's arrays are copied, so donation leaves them intact."""
     params = sub.params
+    if sleepers is not None:
+        trainable = sleepers.others(trainable)
     trained, _ = trainable.split(params)
     counts = ()
     if statistics:
