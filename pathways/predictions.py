@@ -114,7 +114,7 @@ def _run_group(
     for batch, held in packed(sub, shape, ((task, examples[task][i]) for task, i in flat)):
         out = sub.run(batch, statistics=counted is not None)
         if counted is not None:
-            counted(tuple(layer.counters for layer in out.layers))
+            counted(sub.count(out))
         rows = _rows(sub, batch, jax.device_get((out.logits, out.token_logits)), held)
         for number, row in zip(np.asarray(batch["task"]), rows, strict=False):  # it may have room for more
             found[sub.names[number]].append(row)

@@ -28,7 +28,7 @@ def profiles(sub: SubModel, examples: Mapping[str, Sequence[Example]]) -> dict[s
     rows: list[np.ndarray] = []
     for batch, _ in packed(sub, run_shape(sub, sub.layout.size.streams), named):
         out = sub.run(batch, statistics=True)
-        pooled, counters = jax.device_get((out.pooled, [layer.counters.rows for layer in out.layers if layer.counters]))
+        pooled, counters = jax.device_get((out.pooled, [layer.rows for layer in sub.count(out)]))
         task = np.asarray(batch["task"])
         present = task >= 0
         np.add.at(total, task[present], pooled[present])

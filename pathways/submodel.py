@@ -21,6 +21,7 @@ from pathways.config import BalanceOptions, Config
 from pathways.network.network import Network, Outputs, TaskTable
 from pathways.network.routed import BalanceBias
 from pathways.pathway import Pathway
+from routing import counters
 from tasks.fitted import FittedTask
 from tasks.losses import LOSS_CODE
 from tasks.spec import LOSSES
@@ -75,6 +76,11 @@ class SubModel:
         """Deterministic forward pass of one packed batch; compiled once per batch shape."""
         return _forward(self.graph, self.params, self.bias, batch, self.table, statistics)
 
+    def count(self, outputs: Outputs) -> tuple[counters.Counters, ...]:
+        """The counters of a batch that `run` gave with statistics, one per routed layer."""
+        layers = tuple(layer.routed for layer in outputs.layers)
+        return _count(layers, self.layout.size.tasks, self.layout.size.slots)
+
     @property
     def num_parameters(self) -> int:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params))
@@ -84,6 +90,11 @@ class SubModel:
 def _forward(graph: Any, params: Any, bias: Any, batch: dict[str, Any], table: TaskTable, statistics: bool) -> Outputs:
     network = nnx.merge(graph, params, bias)
     return network(batch, table, BalanceOptions(load_balancing=0.0, z=0.0), statistics=statistics)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _count(layers: tuple[counters.Routed, ...], tasks: int, slots: tuple[int, ...]) -> tuple[counters.Counters, ...]:
+    return tuple(counters.count(counters.zeros(tasks, num), layer) for layer, num in zip(layers, slots, strict=True))
 
 
 def fitting(config: Config, layout: Layout) -> Config:

@@ -27,6 +27,19 @@ class Counters(NamedTuple):
     routed_rows: jax.Array  # [N]: rows of each task that were routed, each counted once
 
 
+class Routed(NamedTuple):
+    """What one batch's rows did in one layer: small, as it grows with rows and not with slots.
+
+    `slot [T, K]` int32, `weight [T, K]`, `entropy [T]` of the gate's scores in nats, `task [T]` int32. A row whose task
+    is outside `0..N-1`, or that goes nowhere with all K, is not counted.
+    """
+
+    slot: jax.Array
+    weight: jax.Array
+    entropy: jax.Array
+    task: jax.Array
+
+
 def zeros(num_tasks: int, num_slots: int) -> Counters:
     """Counters of no rows."""
     table, column = jnp.zeros((num_tasks, num_slots)), jnp.zeros((num_tasks,))
@@ -38,34 +51,40 @@ def add(a: Counters, b: Counters) -> Counters:
     return jax.tree.map(jnp.add, a, b)
 
 
-def count(
-    plan: Plan, probs: jax.Array, task: jax.Array, num_tasks: int, num_slots: int, *, pairs: bool = True
-) -> Counters:
-    """Counts one batch.
+def routed(plan: Plan, probs: jax.Array, task: jax.Array) -> Routed:
+    """The facts of a batch, `probs [T, M]` being the gate's scores. No gradient flows through them."""
+    slot, weight, probs = jax.lax.stop_gradient((plan.slot, plan.weight, probs))
+    return Routed(slot, weight, entropy(probs), task)
+
+
+def count(counters: Counters, batch: Routed, *, pairs: bool = True, counts: jax.Array | bool = True) -> Counters:
+    """The counters with a batch added to them.
+
+    Only the cells of what was chosen are read and written, so in a program that gives its counters away (donation) the
+    cost follows the rows, not the N * E or E * E cells.
 
     Args:
-        plan: `[T, K]`.
-        probs: `[T, M]`, the gate's scores; their entropy is taken after normalising each row.
-        task: `[T]` integers; a row whose task is outside `0..N-1`, or that goes nowhere with all K, is not counted.
         pairs: whether to count pairs, K * (K - 1) / 2 for each row.
+        counts: a scalar; where it is false, nothing is counted.
     """
-    slot, weight, probs = jax.lax.stop_gradient((plan.slot, plan.weight, probs))
-    t, k = slot.shape
+    num_tasks, num_slots = counters.rows.shape
+    slot, weight = batch.slot, batch.weight
     somewhere = slot < num_slots
-    routed = (task >= 0) & (task < num_tasks) & somewhere.any(1)
-    row_task = jnp.where(routed, task, num_tasks).astype(jnp.int32)
-    cells = num_tasks * num_slots
-    cell = jnp.where(somewhere & routed[:, None], row_task[:, None] * num_slots + slot, cells).reshape(-1)
-    per_cell = [
-        jax.ops.segment_sum(values.reshape(-1), cell, cells + 1)[:-1].reshape(num_tasks, num_slots)
-        for values in (jnp.ones((t, k)), weight)
-    ]
-    drops = (k - somewhere.sum(1)).astype(jnp.float32)
-    per_task = [
-        jax.ops.segment_sum(values, row_task, num_tasks + 1)[:-1] for values in (drops, entropy(probs), jnp.ones((t,)))
-    ]
-    both = _pairs(slot, routed, num_slots) if pairs else jnp.zeros((num_slots, num_slots))
-    return Counters(per_cell[0], per_cell[1], per_task[0], both, per_task[1], per_task[2])
+    on = (batch.task >= 0) & (batch.task < num_tasks) & somewhere.any(1) & counts
+    task = jnp.where(on, batch.task, num_tasks)
+    cell = (task[:, None], jnp.where(somewhere, slot, num_slots))
+    both = counters.pairs
+    if pairs and slot.shape[1] > 1:
+        low, high = _pairs(jnp.where(on[:, None], slot, num_slots))
+        both = both.at[low, high].add(1.0, mode="drop")
+    return Counters(
+        counters.rows.at[cell].add(1.0, mode="drop"),
+        counters.weight.at[cell].add(weight, mode="drop"),
+        counters.drops.at[task].add((~somewhere).sum(1).astype(jnp.float32), mode="drop"),
+        both,
+        counters.entropy_sum.at[task].add(batch.entropy, mode="drop"),
+        counters.routed_rows.at[task].add(1.0, mode="drop"),
+    )
 
 
 def entropy(probs: jax.Array) -> jax.Array:
@@ -76,15 +95,14 @@ def entropy(probs: jax.Array) -> jax.Array:
     return jnp.where(total > 0, jnp.maximum(jnp.log(safe) - mean_log / safe, 0.0), 0.0)
 
 
-def _pairs(slot: jax.Array, routed: jax.Array, num_slots: int) -> jax.Array:
-    """`[E, E]`: how many rows chose slots i < j."""
+def _pairs(slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each pair of choices of each row as (lower slot, higher slot), `[T * K * (K - 1) / 2]`.
+
+    A choice without a slot has the highest number of all, so a pair with one lies outside of the counters; so does a
+    pair of a slot with itself, as it is moved there.
+    """
     k = slot.shape[1]
-    if k < 2:
-        return jnp.zeros((num_slots, num_slots))
     first = jnp.concatenate([slot[:, i] for i in range(k) for _ in range(i + 1, k)])
     second = jnp.concatenate([slot[:, j] for i in range(k) for j in range(i + 1, k)])
     low, high = jnp.minimum(first, second), jnp.maximum(first, second)
-    counted = jnp.tile(routed, k * (k - 1) // 2) & (high < num_slots) & (low != high)
-    cell = jnp.where(counted, low * num_slots + high, num_slots**2)
-    sums = jax.ops.segment_sum(jnp.ones(cell.shape), cell, num_slots**2 + 1)
-    return sums[:-1].reshape(num_slots, num_slots)
+    return low, jnp.where(low == high, jnp.iinfo(jnp.int32).max, high)

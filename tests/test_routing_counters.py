@@ -19,8 +19,12 @@ PROBS = jnp.array([[0.5, 0.25, 0.25], [1.0, 0, 0], [0.8, 0.8, 0.8], [0.5, 0.5, 0
 TASK = jnp.array([0, 0, 1, 1, 0, -1])
 
 
+def count(plan=PLAN, probs=PROBS, task=TASK, tasks=2, slots=3, **options):
+    return counters.count(counters.zeros(tasks, slots), counters.routed(plan, probs, task), **options)
+
+
 def test_by_hand():
-    got = counters.count(PLAN, PROBS, TASK, num_tasks=2, num_slots=3)
+    got = count()
     np.testing.assert_array_equal(got.rows, [[2, 0, 2], [0, 2, 1]])
     assert_close(got.weight, [[1.25, 0, 0.75], [0, 1.6, 0.4]])
     np.testing.assert_array_equal(got.drops, [0, 1])
@@ -31,26 +35,44 @@ def test_by_hand():
 
 
 def test_without_pairs():
-    got = counters.count(PLAN, PROBS, TASK, 2, 3, pairs=False)
+    got = count(pairs=False)
     assert got.pairs.shape == (3, 3)
     assert not got.pairs.any()
 
 
 def test_parts_add_up():
     def part(rows):
-        return counters.count(jax.tree.map(lambda leaf: leaf[rows], PLAN), PROBS[rows], TASK[rows], 2, 3)
+        return jax.tree.map(lambda leaf: leaf[rows], (PLAN, PROBS, TASK))
 
-    whole = counters.add(counters.zeros(2, 3), counters.count(PLAN, PROBS, TASK, 2, 3))
-    jax.tree.map(assert_close, counters.add(part(slice(0, 2)), part(slice(2, 6))), whole)
+    first, second = part(slice(0, 2)), part(slice(2, 6))
+    jax.tree.map(assert_close, counters.add(count(*first), count(*second)), count())
+    jax.tree.map(assert_close, counters.count(count(*first), counters.routed(*second)), count())
+
+
+def test_a_batch_that_does_not_count_leaves_the_counters_as_they_are():
+    before = count()
+    broken = counters.routed(PLAN._replace(weight=PLAN.weight * jnp.nan), PROBS * jnp.nan, TASK)
+    after = jax.jit(lambda a, on: counters.count(a, broken, counts=on))(before, jnp.array(False))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_cells_that_were_not_chosen_are_neither_read_nor_written():
+    slots, plan = 1024, Plan(jnp.array([[5, 1000], [7, 9]], jnp.int32), jnp.ones((2, 2)))
+    step = jax.jit(counters.count, donate_argnums=0)
+    lowered = step.lower(counters.zeros(3, slots), counters.routed(plan, jnp.ones((2, 4)), jnp.zeros(2, jnp.int32)))
+    memory = lowered.compile().memory_analysis()
+    # Two tables [3, slots] and the pairs [slots, slots], in place: nothing of their size besides.
+    assert memory.alias_size_in_bytes >= 4 * slots * (slots + 6)
+    assert memory.temp_size_in_bytes < 4 * slots
 
 
 def test_all_pairs_of_three():
     plan = Plan(jnp.array([[2, 0, 1], [3, 1, 0]], jnp.int32), jnp.ones((2, 3)))
-    got = counters.count(plan, jnp.ones((2, 4)), jnp.zeros(2, jnp.int32), 1, 4)
+    got = count(plan, jnp.ones((2, 4)), jnp.zeros(2, jnp.int32), 1, 4)
     # Row 1: 0-1, 0-2, 1-2; row 2: 0-1, 0-3, 1-3.
     np.testing.assert_array_equal(got.pairs, [[0, 2, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
 
 
 def test_no_gradient_and_no_nan():
-    grad = jax.grad(lambda probs: sum(leaf.sum() for leaf in counters.count(PLAN, probs, TASK, 2, 3)))(PROBS)
+    grad = jax.grad(lambda probs: sum(leaf.sum() for leaf in count(probs=probs)))(PROBS)
     np.testing.assert_array_equal(grad, 0)

@@ -74,6 +74,11 @@ class NetworkSize:
     outputs: int
     token_outputs: int
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Per routed layer, the experts of all its banks: E."""
+        return tuple(sum(num for _, num in layer) for layer in self.experts)
+
 
 class Outputs(NamedTuple):
     """`logits [N, Y]`, `token_logits [B, S, Yt]` or None, `pooled [N, D]`, and each routed layer's accounts."""
@@ -108,7 +113,6 @@ class Block(nnx.Module):
         slots: jax.Array | None,
         balance: BalanceOptions,
         *,
-        num_tasks: int,
         key: jax.Array | None,
         statistics: bool,
         fetch: Fetch | None = None,
@@ -122,9 +126,7 @@ class Block(nnx.Module):
         if self.routed is not None:
             flat = h.reshape(-1, h.shape[-1])
             assert slots is not None
-            flat, output = self.routed(
-                flat, rows, slots, balance, num_tasks=num_tasks, key=keys[1], statistics=statistics, fetch=fetch
-            )
+            flat, output = self.routed(flat, rows, slots, balance, key=keys[1], statistics=statistics, fetch=fetch)
             h = flat.reshape(h.shape)
         else:
             assert self.dense is not None
@@ -217,7 +219,7 @@ class Network(nnx.Module):
 
         def run(graph: Any, state: Any, x: jax.Array, slots: Any, key: Any, fetch: Fetch | None = None):
             block = nnx.merge(graph, state)
-            options = {"num_tasks": self.size.tasks, "key": key, "statistics": statistics, "fetch": fetch}
+            options = {"key": key, "statistics": statistics, "fetch": fetch}
             return block(x, segment, rows, slots, balance, **options)
 
         run = jax.checkpoint(run, static_argnums=(0, 5)) if config.remat else run

@@ -19,7 +19,7 @@ from pathways.config import BalanceOptions, ModelConfig
 from pathways.devices import over_rows
 from pathways.network.layers import segment_mean
 from routing import balance
-from routing.counters import Counters, count
+from routing.counters import Routed, routed
 from routing.gates import GateConfig, Routing, gate_logits, route, sum_by_slot, to_slots
 from routing.plan import Plan
 
@@ -54,12 +54,13 @@ class RowContext(NamedTuple):
 
 
 class LayerOutput(NamedTuple):
-    """Beside the rows: `loss` (the weighted balance losses), `load [E]` (choices per slot), `counters` if asked for,
-    and `fetched`, the index `[A]` of the experts that were fetched of each kind; empty where banks are used whole."""
+    """Beside the rows: `loss` (the weighted balance losses), `load [E]` (choices per slot), `routed` (what there is to
+    count) if asked for, and `fetched`, the index `[A]` of the experts that were fetched of each kind; empty where banks
+    are used whole."""
 
     loss: jax.Array
     load: jax.Array
-    counters: Counters | None
+    routed: Routed | None
     fetched: dict[str, jax.Array]
 
 
@@ -100,7 +101,6 @@ class RoutedFeedForward(nnx.Module):
         slots: jax.Array,
         weights: BalanceOptions,
         *,
-        num_tasks: int,
         key: jax.Array | None,
         statistics: bool,
         fetch: Fetch | None = None,
@@ -121,10 +121,8 @@ class RoutedFeedForward(nnx.Module):
         if self.shared is not None:
             y = y + self._shared(x)
         load, loss = self._balance(routing, rows, slots, weights)
-        counters = None
-        if statistics:
-            counters = count(plan, _row_probs(routing, rows, self.options.unit), rows.task, num_tasks, self.num_slots)
-        return y, LayerOutput(loss, load, counters, fetched)
+        facts = routed(plan, _row_probs(routing, rows, self.options.unit), rows.task) if statistics else None
+        return y, LayerOutput(loss, load, facts, fetched)
 
     def plan(self, x: jax.Array, rows: RowContext, slots: jax.Array, key: jax.Array | None) -> tuple[Routing, Plan]:
         """Routes each row, or each example for all of its rows. The routing returned is per routed unit."""

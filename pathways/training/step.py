@@ -128,7 +128,7 @@ def make_step(
     grad_of = jax.value_and_grad(loss_of, has_aux=True)
 
     def micro(carry: Any, batch: dict[str, Any]):
-        trained, rest, bias, grads, key, counts = carry
+        trained, rest, bias, grads, key = carry
         key, here = jax.random.split(key)
         (total, (loss, known, extra, layers)), new = grad_of(trained, rest, bias, batch, here)
         task = jnp.where(batch["task"] >= 0, batch["task"], table.loss.shape[0])
@@ -137,12 +137,11 @@ def make_step(
             jax.ops.segment_sum(loss, task, rows + 1)[:rows],
             jax.ops.segment_sum(known.astype(jnp.float32), task, rows + 1)[:rows],
         )
-        if statistics:
-            counts = tuple(counters.add(a, layer.counters) for a, layer in zip(counts, layers, strict=True))
         load = tuple(layer.load for layer in layers)
         fetched = tuple(layer.fetched for layer in layers)
+        routed = tuple(layer.routed for layer in layers)
         grads = new if grads is None else jax.tree.map(jnp.add, grads, new)
-        return (trained, rest, bias, grads, key, counts), (total, extra, *sums, load, fetched)
+        return (trained, rest, bias, grads, key), (total, extra, *sums, load, fetched, routed)
 
     def step(state: TrainState, batches: dict[str, Any]) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -151,15 +150,14 @@ def make_step(
         trained, rest = (own, deltas), (constant, state.asleep)
         num = batches["segment"].shape[0]
         if num == 1:
-            start = (trained, rest, state.bias, None, key, state.counts)
+            start = (trained, rest, state.bias, None, key)
             carry, out = micro(start, jax.tree.map(lambda leaf: leaf[0], batches))
             out = jax.tree.map(lambda leaf: leaf[None], out)
         else:
             zeros = jax.tree.map(jnp.zeros_like, trained)
-            carry, out = jax.lax.scan(micro, (trained, rest, state.bias, zeros, key, state.counts), batches)
-        grads, counts = carry[3], carry[5]
-        grads = jax.tree.map(lambda g: g / num, grads)
-        totals, extras, losses, rows, loads, fetched = out
+            carry, out = jax.lax.scan(micro, (trained, rest, state.bias, zeros, key), batches)
+        grads = jax.tree.map(lambda g: g / num, carry[3])
+        totals, extras, losses, rows, loads, fetched, routed = out
         load = [jnp.sum(layer, axis=0) for layer in loads]
         bias = _new_bias(state.bias, load, table.slots, balance.bias_rate)
         norm = optax.tree.norm(grads)
@@ -169,12 +167,15 @@ def make_step(
 
         def apply(_: None):
             updates, opt_state = optimizer.update(mine, state.opt_state, own)
-            return optax.apply_updates(own, updates), opt_state, bias, counts
+            return optax.apply_updates(own, updates), opt_state, bias
 
         def skip(_: None):
-            return own, state.opt_state, state.bias, state.counts
+            return own, state.opt_state, state.bias
 
-        own, opt_state, bias, counts = jax.lax.cond(finite, apply, skip, None)
+        own, opt_state, bias = jax.lax.cond(finite, apply, skip, None)
+        counts = ()
+        if statistics:
+            counts = tuple(_counted(a, layer, finite) for a, layer in zip(state.counts, routed, strict=True))
         bad = jnp.where(finite, 0, state.bad + 1)
         params, asleep = trainable.join(own, constant), state.asleep
         if sleepers is not None:
@@ -220,14 +221,18 @@ def initial_state(
     trained, _ = trainable.split(params)
     counts = ()
     if statistics:
-        counts = tuple(
-            counters.zeros(sub.layout.size.tasks, sum(num for _, num in layer)) for layer in sub.layout.size.experts
-        )
+        counts = tuple(counters.zeros(sub.layout.size.tasks, num) for num in sub.layout.size.slots)
     zero = jnp.zeros((), jnp.int32)
     asleep = () if sleepers is None else jax.jit(sleepers.init)(params)
     state = TrainState(params, sub.bias, jax.jit(optimizer.init)(trained), zero, zero, zero, counts, asleep)
     # Every donated buffer must be its own.
     return jax.tree.map(jnp.copy, state)
+
+
+def _counted(counts: counters.Counters, batches: counters.Routed, finite: jax.Array) -> counters.Counters:
+    """With all A batches added, `[A, T, ...]`, if the step counts; in place, outside of what is conditional."""
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batches)
+    return counters.count(counts, flat, counts=finite)
 
 
 def _new_bias(bias: Any, loads: Sequence[jax.Array], slots: Sequence[jax.Array], rate: float) -> Any:
