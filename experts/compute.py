@@ -7,7 +7,8 @@ Axis letters: T rows, K experts per row, D width, E slots.
 Backends stand in `BACKENDS`. All give the same numbers up to rounding; no row is ever dropped.
 
 - `dense` applies every expert to every row: the oracle, good for float64, and costs E / K times too much.
-- `native`: products of sorted rows in C++, for CPU in float32, where a compiler is there (`experts.native`).
+- `native`: products of sorted rows in C++, for CPU where a compiler is there, in float32 and, if the processor has it,
+  in bfloat16 (`experts.native`).
 - `buckets`: one batched product and a loop over what overflows, in plain XLA (`experts.buckets`).
 - `ragged`: `lax.ragged_dot` on sorted rows, for TPU (`experts.rows`).
 """
@@ -135,4 +136,4 @@ def choose_backend(dtype: Any, platform: str | None = None) -> str:
         return "ragged"
     if platform != "cpu":
         return "buckets"  # ragged_dot is dense in disguise there, unless a flag of jax is set
-    return "native" if dtype == jnp.float32 and native.available() else "buckets"
+    return "native" if native.available(dtype) else "buckets"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from experts.kinds import Affine, get_kind
-from experts.native import grouped_affine
+from experts.native import available, grouped_affine
 from experts.slots import Placed
 from routing.blocks import Sorted, sort_by_group, spread, take_rows
 from routing.plan import Plan
@@ -32,11 +32,11 @@ def wide(dtype: Any) -> Any:
 
 
 def native_rows(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: int | None) -> jax.Array:
-    """By the C++ products of `experts.native`, in float32; bfloat16 rows are widened for them."""
+    """By the C++ products of `experts.native`, which round float32 parameters as they read them."""
     del block_size
-    if x.dtype == jnp.float64:
-        raise ValueError("the native backend computes in float32: expected float32 or bfloat16 rows, got float64")
-    return _by_rows(banks, x, plan, lambda start: lambda rows, w, b: grouped_affine(rows, _as(w, rows), b, start))
+    if not available(x.dtype):
+        raise ValueError(f"expected float32 rows, or bfloat16 where the native backend has it, got {x.dtype}")
+    return _by_rows(banks, x, plan, lambda start: lambda rows, w, b: grouped_affine(rows, w, b, start))
 
 
 def ragged_rows(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: int | None) -> jax.Array:

@@ -22,11 +22,12 @@ __all__ = ["available", "grouped_affine", "user_cache"]
 def grouped_affine(x: jax.Array, w: jax.Array, b: jax.Array | None, start: jax.Array) -> jax.Array:
     """`y[r] = x[r] w[g] + b[g]` for the rows `start[g] <= r < start[g + 1]`, and zero for rows in no group.
 
-    Sums in float32, whatever the type of `x`. Rows in no group are not read. Needs `available()`.
+    Sums are in float32. Rows in no group are not read. Products of bfloat16 rows, forward and backward, are of weights
+    and gradients rounded to it. Needs `available(x.dtype)`.
 
     Args:
-        x: `[N, A]`.
-        w: `[G, A, Z]` and b: `[G, Z]` or None, of x's type or float32.
+        x: `[N, A]`, float32 or bfloat16.
+        w: `[G, A, Z]` and b: `[G, Z]` or None; float32 is used as it stands, without a rounded copy of it.
         start: `[G + 1]` int32, not falling, within `0..N`.
 
     Returns:
@@ -37,16 +38,16 @@ def grouped_affine(x: jax.Array, w: jax.Array, b: jax.Array | None, start: jax.A
 
 def _forward(x, w, b, start):
     shape = (x.shape[0], w.shape[2])
-    y = _call("forward", (shape,), _float(x), _float(w), _float(_or_none(b, w)), start)[0]
+    y = _call("forward", (shape,), x, _float(w), _float(_or_none(b, w)), start)[0]
     return y, (x, w, b, start)
 
 
 def _backward(residual, dy):
     x, w, b, start = residual
-    dy = _float(dy)
+    dy = dy.astype(x.dtype)
     dx = _call("inputs", (x.shape,), dy, _float(w), start)[0]
     bias = _or_none(b, w).shape
-    dw, db = _call("weights", (w.shape, bias), _float(x), dy, start)
+    dw, db = _call("weights", (w.shape, bias), x, dy, start)
     return dx.astype(x.dtype), dw.astype(w.dtype), None if b is None else db.astype(b.dtype), None
 
 

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -26,7 +27,7 @@ LONGEST = 120.0
 """Seconds that a compilation may take."""
 
 _lock = threading.Lock()
-_found: bool | None = None
+_found: frozenset[str] | None = None
 
 
 def user_cache() -> Path:
@@ -35,28 +36,32 @@ def user_cache() -> Path:
     return Path(os.environ.get("PATHWAYS_CACHE") or f"{home}/pathways").expanduser()
 
 
-def available() -> bool:
-    """Whether the products can be called in this process; builds and registers them at the first call."""
+def available(dtype: Any = "float32") -> bool:
+    """Whether the products can be called in this process for rows of this type; the first call builds them.
+
+    There is float32 and, where the processor multiplies it, bfloat16.
+    """
     global _found
     with _lock:
         if _found is None:
-            _found = _wanted() and _register()
-        return _found
+            _found = _register() if _wanted() else frozenset()
+        return jax.numpy.dtype(dtype).name in _found
 
 
 def _wanted() -> bool:
     return os.environ.get(SWITCH) != "0" and sys.platform.startswith(("linux", "darwin"))
 
 
-def _register() -> bool:
+def _register() -> frozenset[str]:
+    """The types that it can multiply; none if it cannot be built or loaded."""
     try:
         library = _loaded()
         for name in TARGETS:
             handler = jax.ffi.pycapsule(getattr(library, f"pathways_grouped_{name}"))
             jax.ffi.register_ffi_target(f"pathways_grouped_{name}", handler, platform="cpu")
     except (OSError, subprocess.SubprocessError, AttributeError, RuntimeError, ValueError, ImportError):
-        return False
-    return True
+        return frozenset()
+    return frozenset(("float32", "bfloat16") if library.pathways_grouped_has_bfloat16() else ("float32",))
 
 
 def _loaded() -> ctypes.CDLL:
