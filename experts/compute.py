@@ -38,6 +38,7 @@ OVERRIDE = "PATHWAYS_BACKEND"
 """Set in the environment to the name of a backend, to use it in place of the chosen one."""
 
 
+@jax.named_scope("experts")
 def apply_experts(
     banks: Banks, x: jax.Array, plan: Plan, *, backend: str = "auto", block_size: int | None = None
 ) -> jax.Array:

@@ -51,12 +51,14 @@ def add(a: Counters, b: Counters) -> Counters:
     return jax.tree.map(jnp.add, a, b)
 
 
+@jax.named_scope("statistics")
 def routed(plan: Plan, probs: jax.Array, task: jax.Array) -> Routed:
     """The facts of a batch, `probs [T, M]` being the gate's scores. No gradient flows through them."""
     slot, weight, probs = jax.lax.stop_gradient((plan.slot, plan.weight, probs))
     return Routed(slot, weight, entropy(probs), task)
 
 
+@jax.named_scope("statistics")
 def count(counters: Counters, batch: Routed, *, pairs: bool = True, counts: jax.Array | bool = True) -> Counters:
     """The counters with a batch added to them.
 

@@ -45,6 +45,7 @@ class Attention(nnx.Module):
         self.qkv = nnx.Param(init(rngs.params(), (width, 3 * width)))
         self.output = nnx.Param(init(rngs.params(), (width, width)))
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, segment: jax.Array) -> jax.Array:
         """`x [B, S, D]`, `segment [B, S]` (0 is padding) -> `[B, S, D]`."""
         if self.neighbours is not None:
@@ -82,6 +83,7 @@ class DenseFeedForward(nnx.Module):
         self.w_out = nnx.Param(init(rngs.params(), (hidden, width)))
         self.b_out = nnx.Param(jnp.zeros((width,)))
 
+    @jax.named_scope("feed_forward")
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D] -> [..., D]`."""
         dtype = x.dtype
@@ -89,6 +91,7 @@ class DenseFeedForward(nnx.Module):
         return hidden @ self.w_out[...].astype(dtype) + self.b_out[...].astype(dtype)
 
 
+@jax.named_scope("dropout")
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes entries with probability `rate` and scales the rest; the identity without a key."""
     if key is None or rate == 0.0:

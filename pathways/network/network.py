@@ -195,6 +195,7 @@ class Network(nnx.Module):
             example, task, table.gate[task], table.pathway[task], example_task, table.gate[safe], embedding
         )
 
+    @jax.named_scope("encoders")
     def embed(self, batch: dict[str, Any]) -> jax.Array:
         """Each stream through its encoder, then every token to its place: `[B, S, D]` in the compute type."""
         dtype = jnp.dtype(self.config.dtype)
@@ -262,6 +263,7 @@ class Head(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((rows, width)))
         self.bias = nnx.Param(jnp.zeros((rows,)))
 
+    @jax.named_scope("heads")
     def __call__(self, x: jax.Array, first: jax.Array, outputs: int) -> jax.Array:
         """`x [R, D]`, `first [R]` (each row's first head row) -> `[R, outputs]` float32.
 

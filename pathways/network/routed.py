@@ -124,6 +124,7 @@ class RoutedFeedForward(nnx.Module):
         facts = routed(plan, _row_probs(routing, rows, self.options.unit), rows.task) if statistics else None
         return y, LayerOutput(loss, load, facts, fetched)
 
+    @jax.named_scope("gate")
     def plan(self, x: jax.Array, rows: RowContext, slots: jax.Array, key: jax.Array | None) -> tuple[Routing, Plan]:
         """Routes each row, or each example for all of its rows. The routing returned is per routed unit."""
         config = GateConfig(kind=self.options.kind, top_k=self.options.top_k, renormalize=self.options.renormalize)
@@ -163,6 +164,7 @@ class RoutedFeedForward(nnx.Module):
             start += num
         return banks
 
+    @jax.named_scope("experts")
     def _shared(self, x: jax.Array) -> jax.Array:
         """The always-on experts, each on every row, added up."""
         assert self.shared is not None
@@ -171,6 +173,7 @@ class RoutedFeedForward(nnx.Module):
         everywhere = jnp.broadcast_to(x, (num, *x.shape))
         return jnp.sum(get_kind(self.shared_kind).apply(leaves, everywhere), axis=0).astype(x.dtype)
 
+    @jax.named_scope("balance")
     def _balance(
         self, routing: Routing, rows: RowContext, slots: jax.Array, weights: BalanceOptions
     ) -> tuple[jax.Array, jax.Array]:

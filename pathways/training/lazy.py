@@ -194,6 +194,7 @@ class Sleepers:
         banks = self._rows(params, state)
 
         def of_block(block: int) -> Any:
+            @jax.named_scope("waking")
             def of_kind(kind: str, index: jax.Array) -> dict[str, jax.Array]:
                 key = bank_key(block, kind)
                 rows = self._woken(banks[key], state.sleep[key], index)
@@ -214,6 +215,7 @@ class Sleepers:
     def _scale(self, norm: jax.Array) -> jax.Array:
         return jnp.where(norm < self.clip, 1.0, self.clip / norm)
 
+    @jax.named_scope("optimizer")
     def update(
         self, params: Any, state: SleepState, grads: Any, fetched: dict[Key, jax.Array], norm: jax.Array, use: jax.Array
     ) -> tuple[Any, SleepState]:

@@ -61,6 +61,7 @@ class Metrics(NamedTuple):
 Step = Callable[[TrainState, dict[str, Any]], tuple[TrainState, Metrics]]
 
 
+@jax.named_scope("loss")
 def per_example_loss(out: Outputs, batch: dict[str, Any], table: TaskTable) -> tuple[jax.Array, jax.Array]:
     """Loss `[N]` of each example and whether it has one `[N]`.
 
@@ -165,6 +166,7 @@ def make_step(
 
         mine = grads[0] if sleepers is None else sleepers.clipped(grads[0], norm)
 
+        @jax.named_scope("optimizer")
         def apply(_: None):
             updates, opt_state = optimizer.update(mine, state.opt_state, own)
             return optax.apply_updates(own, updates), opt_state, bias
