@@ -226,8 +226,8 @@ def initial_state(
     zero = jnp.zeros((), jnp.int32)
     asleep = () if sleepers is None else jax.jit(sleepers.init)(params)
     state = TrainState(params, sub.bias, jax.jit(optimizer.init)(trained), zero, zero, zero, counts, asleep)
-    # Every donated buffer must be its own.
-    return jax.tree.map(jnp.copy, state)
+    # Every donated buffer must be its own. One program for all: one for each shape would have to be loaded at a start.
+    return jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)
 
 
 def _new_bias(bias: Any, loads: Sequence[jax.Array], slots: Sequence[jax.Array], rate: float) -> Any:
