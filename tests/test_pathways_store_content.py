@@ -69,11 +69,12 @@ def test_chunks_written_from_where_they_lie_come_back_bit_for_bit(store, dtype, 
     for i, shape in enumerate([(3, REFERENCED), (2, 3, REFERENCED // 2), (REFERENCED,)]):
         array = np.random.default_rng(0).standard_normal(shape).astype(dtype)
         array[1:2] = 0  # a Zarr array does not store a chunk of zeros unless told to
-        seen = []
-        changes = Changes(put={f"{name}{i}": array})
-        store.commit(
-            changes, "large", row_chunked=in_rows, check=lambda view, i=i: seen.append(view.read(f"{name}{i}"))
-        )
+        seen: list[np.ndarray] = []
+
+        def look(view, i=i, seen=seen) -> None:
+            seen.append(view.read(f"{name}{i}"))
+
+        store.commit(Changes(put={f"{name}{i}": array}), "large", row_chunked=in_rows, check=look)
         expected = array.copy()
         array[:] = 1  # the caller's again
         for found in (seen[0], store.read(f"{name}{i}"), Store.open(store.path).read(f"{name}{i}")):
