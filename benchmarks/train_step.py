@@ -87,7 +87,7 @@ def loaded(options: argparse.Namespace, folder: Path) -> Config:
     from pathways.config import load_config
 
     if options.quick:
-        return make_config(folder, 64, rows=1024, layers=2, width=64, hidden=128)
+        return make_config(folder, 64, rows=1024, layers=1, width=64, hidden=128)
     config = load_config(options.config, {"model.dtype": options.dtype})
     return dense(config) if options.dense else config
 

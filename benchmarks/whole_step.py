@@ -56,7 +56,7 @@ def measured(args: argparse.Namespace) -> Row:
 
     rows, counted = args.rows[0], not args.no_statistics
     with TemporaryDirectory() as folder:
-        sizes = {"rows": rows, "layers": LAYERS, "width": args.width, "hidden": args.hidden}
+        sizes = {"rows": rows, "layers": args.layers, "width": args.width, "hidden": args.hidden}
         config = make_config(Path(folder), args.experts[0], **sizes)
         config = replace(config, train=replace(config.train, lazy=args.lazy))
         prepared = prepare(config)
@@ -99,7 +99,18 @@ def measured(args: argparse.Namespace) -> Row:
 def run(args: argparse.Namespace, experts: int, rows: int, *more: str) -> Row:
     """`measured` in a process of its own, with a compilation cache of its own that the rounds share."""
     cache = args.cache / "-".join(map(str, [experts, rows, *more]))
-    sizes = ["--width", args.width, "--hidden", args.hidden, "--steps", args.steps, "--cache", cache]
+    sizes = [
+        "--layers",
+        args.layers,
+        "--width",
+        args.width,
+        "--hidden",
+        args.hidden,
+        "--steps",
+        args.steps,
+        "--cache",
+        cache,
+    ]
     environment = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     words = ["--one", "--experts", experts, "--rows", rows, *sizes, *more]
     return child("benchmarks.whole_step", *words, environment=environment)
@@ -181,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="+", default=[16, 64, 256, 1024])
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 4096], help="tokens of a batch")
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--hidden", type=int, default=HIDDEN)
     parser.add_argument("--steps", type=int, default=10, help="timed in each round")
@@ -198,8 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measured(args)))
         return
     if args.quick:
-        args.experts, args.rows, args.width, args.hidden = [16, 1024], [256], 32, 32
-        args.steps, args.rounds = 10, 1
+        args.experts, args.rows, args.layers, args.width, args.hidden = [16, 1024], [256], 2, 64, 64
+        args.rounds = 1
     with TemporaryDirectory() as made:
         args.cache = Path(made)
         lines = table(args)
