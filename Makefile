@@ -8,9 +8,10 @@ PYTHON ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lint format bench-quick setup clean
+.PHONY: help demo test test-slow test-all lint format bench bench-quick baselines setup clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name what; do \
@@ -55,7 +56,13 @@ format: $(STAMP) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-quick: $(STAMP) ## the plain baselines on the shared data (valid split), a few minutes
+bench: $(STAMP) ## every benchmark of speed, into runs/bench (most of an hour)
+	$(BIN)/python -m benchmarks.run --out runs/bench $(BENCH_ARGS)
+
+bench-quick: $(STAMP) ## a small size of each, into runs/bench-quick (three minutes)
+	$(BIN)/python -m benchmarks.run --out runs/bench-quick --quick $(BENCH_ARGS)
+
+baselines: $(STAMP) ## the plain baselines on the shared data (valid split), a few minutes
 	$(BIN)/python -m benchmarks.baselines --split valid
 
 clean: ## remove the virtual environment, caches and what the demo wrote

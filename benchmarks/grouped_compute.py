@@ -12,10 +12,7 @@ to read the weights (twice when there is a backward pass) and to write their gra
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.measure import in_turn, save_picture, write_json
 from experts import native
 from experts.compute import Placed, apply_experts
 from experts.kinds import get_kind
@@ -52,15 +50,8 @@ def passes(layer: Callable[..., jax.Array], params: Any, x: jax.Array) -> dict[s
 
 def medians(cases: Cases, repeats: int) -> dict[Case, float]:
     """Median milliseconds of each case, all in turn."""
-    for call in cases.values():
-        jax.block_until_ready(call())
-    times: dict[Case, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, call in cases.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    times = in_turn({name: lambda call=call: jax.block_until_ready(call()) for name, call in cases.items()}, repeats)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
 def bandwidth(repeats: int) -> float:
@@ -119,16 +110,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pathways"})
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    if path.suffix == ".svg":
-        # Like the other pictures of docs/: a title, and a ground of its own to be read on any page.
-        text = path.read_text(encoding="utf-8")
-        head = re.search(r'<svg [^>]*?width="([^"]+)" height="([^"]+)"[^>]*>', text)
-        assert head is not None
-        ground = f'<title>Experts and a dense layer</title><rect width="{head[1]}" height="{head[2]}" fill="#ffffff"/>'
-        path.write_text(text[: head.end()] + ground + text[head.end() :], encoding="utf-8")
+    save_picture(figure, path, "Experts and a dense layer")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,8 +150,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{line['E']:>5} {line['backend']:<12}{line['load']:<8}{figures}", flush=True)
         found += rows
         del cases
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(args.json, found)
     if args.plot:
         draw(found, args.plot)
 

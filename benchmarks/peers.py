@@ -2,6 +2,7 @@
 
     python3.11 -m venv peers && peers/bin/pip install torch transformers        # the CPU build of torch
     python -m benchmarks.peers --torch peers/bin/python
+    python -m benchmarks.peers --quick                                          # 16 experts, the peers in jax alone
 
 Peers: the expert blocks of Hugging Face transformers in torch (the loop over experts and `grouped_mm`), a layer that
 dispatches with one-hot einsums into buckets and drops what overflows (as GShard does), and `lax.ragged_dot` on sorted
@@ -126,8 +127,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5, help="timed in each round")
+    parser.add_argument("--quick", action="store_true", help="16 experts, two passes")
+    parser.add_argument("--json", type=Path, help="write the lines here, too")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick:
+        options.experts, options.rounds, options.repeats = [16], 1, 2
     if options.one:
         print(json.dumps(times(options.one, options.experts[0], options.dtype, options.repeats)))
         return
@@ -136,6 +141,7 @@ def main() -> None:
         pythons |= dict.fromkeys(TORCH, str(options.torch))
     print(f"{options.dtype}, SwiGLU, T={ROWS} D={WIDTH} F={HIDDEN} K={K}")
     print(f"{'E':>5} {'implementation':<16}{'forward ms':>12}{'fwd+bwd ms':>12}")
+    lines = []
     for num in options.experts:
         names = [name for name in pythons if num <= MOST.get(name, num)]
         found: dict[str, dict[str, list[float]]] = {name: {"forward": [], "both": []} for name in names}
@@ -146,6 +152,9 @@ def main() -> None:
         for name in names:
             forward, both = (statistics.median(found[name][what]) for what in ("forward", "both"))
             print(f"{num:>5} {name:<16}{forward:>12.1f}{both:>12.1f}", flush=True)
+            lines.append({"E": num, "implementation": name, "forward": forward, "both": both})
+    if options.json:
+        options.json.write_text(json.dumps(lines, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

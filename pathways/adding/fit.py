@@ -138,7 +138,7 @@ def fit(
     hooks = Hooks(_validator(held), lambda step, counts: None, lambda batch: sub.names[0])
     stream = TrainStream([train], [1.0], recipe.shape, config.seed)
     try:
-        return run_loop(sub, step, state, config, hooks, monitor, lambda position: stream, None, schedule)
+        return run_loop(sub, step, state, config, hooks, monitor, lambda position: stream, None, jax.jit(schedule))
     except Interrupted as stop:
         raise UserError(
             "Stopped before the new task was committed; the model is as it was.", where=f"after step {stop.step}"

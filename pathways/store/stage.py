@@ -30,8 +30,11 @@ from pathways.store.records import (
 from pathways.store.view import View
 from tasks.errors import UserError
 
-Payload = Callable[[Sequence[int]], Iterable[tuple[int, bytes]]]
-"""Gives (chunk number, bytes) for the chunk numbers asked of it."""
+Payload = Callable[[Sequence[int]], Iterable[tuple[int, "bytes | np.ndarray"]]]
+"""Gives (chunk number, bytes) for the chunk numbers asked of it; what lies in memory as a view, `[bytes]` uint8."""
+
+REFERENCED = 1 << 16
+"""Bytes from which a chunk in memory is written from where it lies. Smaller ones are cheaper to copy."""
 
 HASH_THREADS = min(8, os.cpu_count() or 1)
 
@@ -113,7 +116,7 @@ class Stage:
         chunks = split(array, row_chunked)
         hashes = hash_all(chunks)
         entry = array_entry(array.shape, dtype, row_chunked, hashes)
-        self._array(name, entry, hashes, lambda wanted: ((i, chunks[i].tobytes()) for i in wanted))
+        self._array(name, entry, hashes, lambda wanted: ((i, chunks[i]) for i in wanted))
 
     def put_rows(self, name: str, rows: Any, values: Any) -> None:
         """Some rows of a row-chunked array."""
@@ -191,7 +194,7 @@ class Stage:
         for row, found in zip(new, hash_all(list(new.values())), strict=True):
             hashes[row] = found
         entry = array_entry((size, *old.shape[1:]), old.dtype, True, hashes)
-        self._array(name, entry, hashes, lambda wanted: ((i, new[i].tobytes()) for i in wanted))
+        self._array(name, entry, hashes, lambda wanted: ((i, new[i]) for i in wanted))
 
     def _array(self, name: str, entry: Entry, hashes: list[bytes], payload: Payload) -> None:
         """Writes the chunks whose hash differs from what stands there, then hashes, metadata and index entry."""
@@ -202,10 +205,7 @@ class Stage:
         if entry.row_chunked and old is not None and entry.same_layout(old):
             known = self.view.row_hashes(name, old)
         wanted = [i for i in range(entry.num_chunks) if i >= len(known) or known[i] != hashes[i]]
-        size = 0
-        for chunk, data in payload(wanted):
-            self.write(chunk_key(name, entry, chunk), data)
-            size += len(data)
+        size = self._chunks(name, entry, payload(wanted))
         if old is not None and old.kind == "array":
             for key in set(content_keys(name, old)) - set(content_keys(name, entry)):
                 self.write(key, None)
@@ -214,6 +214,43 @@ class Stage:
         if old is None or (old.shape, old.dtype, old.row_chunked) != (entry.shape, entry.dtype, entry.row_chunked):
             self.write(f"arrays/{name}/zarr.json", encode_json(zarr_metadata(entry)))
         self._index(name, entry, size)
+
+    def _chunks(self, name: str, entry: Entry, given: Iterable[tuple[int, bytes | np.ndarray]]) -> int:
+        """Writes chunks and gives their bytes.
+
+        A key's value is copied twice on its way to the disk, in pieces of 4 KiB; a Zarr array takes it from where it
+        lies. So large chunks in memory are written as a Zarr array of bytes, to the same keys.
+        """
+        size, array = 0, None
+        for chunk, data in given:
+            size += len(data)
+            if isinstance(data, bytes) or len(data) < REFERENCED:
+                self.write(chunk_key(name, entry, chunk), bytes(data))
+                continue
+            array = array or self._as_bytes(name, entry)
+            place = array[chunk] if entry.row_chunked else array
+            # The data stays as it is until the commit, which the caller waits for.
+            place.write(data.reshape(place.shape), can_reference_source_data_indefinitely=True).copy.result()
+        return size
+
+    def _as_bytes(self, name: str, entry: Entry) -> ts.TensorStore:
+        """The chunks of an array, as bytes of a Zarr array, in this transaction; its own metadata are not touched."""
+        chunk = [entry.chunk_bytes, *[1] * (len(entry.chunk_shape) - 1)]
+        rows, one = ([entry.shape[0]], [1]) if entry.row_chunked else ([], [])
+        metadata = {
+            "shape": rows + chunk,
+            "data_type": "uint8",
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": one + chunk}},
+            "codecs": [{"name": "bytes"}],
+        }
+        spec = {
+            "driver": "zarr3",
+            "metadata": metadata,
+            "store_data_equal_to_fill_value": True,
+            "cache_pool": {"total_bytes_limit": 0},
+        }
+        place = self._database / f"arrays/{name}/"
+        return ts.open(spec, kvstore=place, transaction=self.transaction, open=True, assume_metadata=True).result()
 
     def _standing(self, name: str) -> Entry | None:
         """What the store would hold under `name` if it were committed now."""

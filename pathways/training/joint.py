@@ -266,7 +266,7 @@ def _run(
             monitor,
             stream,
             checkpoints,
-            schedule,
+            jax.jit(schedule),
             placement=Placement(mesh),
             profile=folder / PROFILE if profile else None,
             settle=None if sleepers is None else jax.jit(lambda state: sleepers.settle(state.params, state.asleep)),

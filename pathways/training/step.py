@@ -227,8 +227,8 @@ def initial_state(
     zero = jnp.zeros((), jnp.int32)
     asleep = () if sleepers is None else jax.jit(sleepers.init)(params)
     state = TrainState(params, sub.bias, jax.jit(optimizer.init)(trained), zero, zero, zero, counts, asleep)
-    # Every donated buffer must be its own.
-    return jax.tree.map(jnp.copy, state)
+    # Every donated buffer must be its own. One program for all: one for each shape would have to be loaded at a start.
+    return jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)
 
 
 def _counted(counts: counters.Counters, batches: counters.Routed, finite: jax.Array) -> counters.Counters:
