@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "startup": [],
     "store": [],
     "train_step": ["--statistics", "--steps", "60"],
+    "step_profile": ["--plot", "{out}/step-profile.svg"],
     "adding_cost": [],
     "whole_step": ["--ablate", "--plot", "{out}/whole-step.svg"],
     "grouped_compute": ["--plot", "{out}/grouped-compute.svg"],

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import ROOT, Row, child, in_turn, median_ratio, print_table, write_json
 from experts.compute import OVERRIDE
@@ -42,13 +42,8 @@ WAYS: dict[str, dict[str, str]] = {
 WARM_UP, BATCHES = 3, 8
 
 
-def steppers(config: Config, counted: Sequence[bool]) -> dict[bool, Callable[[], None]]:
-    """For counting routing statistics and for not: a call that takes a step and waits for it.
-
-    Each has a state of its own; the batches are the same.
-    """
-    import jax
-
+def prepared_step(config: Config) -> tuple[Callable[[bool], tuple[Any, Any]], list[Any]]:
+    """What makes the step and its first state, for counting routing statistics or not; and batches."""
     from pathways.submodel import initial_submodel
     from pathways.training.joint import prepare
     from pathways.training.lazy import sleepers_for
@@ -65,9 +60,24 @@ def steppers(config: Config, counted: Sequence[bool]) -> dict[bool, Callable[[],
     batches = [batches_of(stream, 1) for _ in range(BATCHES)]
     stream.close()
 
-    def stepper(counts: bool) -> Callable[[], None]:
+    def make(counts: bool) -> tuple[Any, Any]:
         step = make_step(sub, optimizer, config.balance, seed=0, statistics=counts, sleepers=sleepers)
-        state, taken = initial_state(sub, optimizer, statistics=counts, sleepers=sleepers), 0
+        return step, initial_state(sub, optimizer, statistics=counts, sleepers=sleepers)
+
+    return make, batches
+
+
+def steppers(config: Config, counted: Sequence[bool]) -> dict[bool, Callable[[], None]]:
+    """For counting routing statistics and for not: a call that takes a step and waits for it.
+
+    Each has a state of its own; the batches are the same.
+    """
+    import jax
+
+    make, batches = prepared_step(config)
+
+    def stepper(counts: bool) -> Callable[[], None]:
+        (step, state), taken = make(counts), 0
 
         def take() -> None:
             nonlocal state, taken

@@ -20,6 +20,7 @@ class RMSNorm(nnx.Module):
     def __init__(self, pathways: int, width: int) -> None:
         self.scale = nnx.Param(jnp.ones((pathways, width)))
 
+    @jax.named_scope("norms")
     def __call__(self, x: jax.Array, pathway: jax.Array) -> jax.Array:
         """Normalises rows `x [..., D]` with the scale of each row's `pathway [...]`; computed in float32."""
         scale = self.scale[...]
@@ -100,6 +101,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 
+@jax.named_scope("pooling")
 def segment_mean(x: jax.Array, example: jax.Array, num_examples: int) -> jax.Array:
     """Mean of the rows `x [T, D]` of each example; `example [T]` is -1 for padding -> `[N, D]` float32."""
     index = jnp.where(example < 0, num_examples, example)
