@@ -17,7 +17,6 @@ import argparse
 import gzip
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,11 +130,12 @@ def length_of(spans: list[Span]) -> float:
 def table(runs: list[list[Span]]) -> list[Row]:
     """A line for each part: mean milliseconds in a step and share of it, most first."""
     total = sum(map(length_of, runs))
-    time = Counter[str]()
+    time = dict[str, float]()
     for spans in runs:
         for span in spans:
-            time[span.part] += span.own
-    lines = [{"part": part, "ms": took / len(runs), "share": took / total} for part, took in time.most_common()]
+            time[span.part] = time.get(span.part, 0.0) + span.own
+    ranked = sorted(time.items(), key=lambda item: -item[1])
+    lines = [{"part": part, "ms": took / len(runs), "share": took / total} for part, took in ranked]
     left = total - sum(time.values())
     if left > 0:
         lines.append({"part": LEFT, "ms": left / len(runs), "share": left / total})
