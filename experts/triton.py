@@ -50,6 +50,11 @@ def tile_rows(rows: int, groups: int) -> int:
     return min(MOST, max(FEWEST, pl.next_power_of_2(share)))
 
 
+def stages(dtype: Any) -> int:
+    """How many steps are loaded ahead for a compute type: what fits into the shared memory of small GPUs (99 KiB)."""
+    return 2 if jnp.dtype(dtype).itemsize == 4 else 3
+
+
 def make_tiles(start: jax.Array, rows: int, size: int) -> Tiles:
     """Cuts `rows` rows, grouped as `start [G + 1]` says, into tiles of at most `size`."""
     groups = start.shape[0] - 1
@@ -190,9 +195,8 @@ def _call(kernel: Callable[..., None], grid: tuple[int, ...], shapes: Sequence[A
     if not all(grid):
         return [jnp.zeros(leaf.shape, leaf.dtype) for leaf in out]
 
-    bfloat16 = any(leaf.dtype == jnp.bfloat16 for leaf in operands)
-    # What is loaded ahead must fit into the shared memory of small GPUs too (99 KiB).
-    params = plgpu.CompilerParams(num_warps=4, num_stages=3 if bfloat16 else 2)
+    narrowest = min((leaf.dtype for leaf in operands), key=lambda dtype: dtype.itemsize)
+    params = plgpu.CompilerParams(num_warps=4, num_stages=stages(narrowest))
 
     def run(*operands: jax.Array, interpret: bool):
         return pl.pallas_call(kernel, out, grid=grid, interpret=interpret, compiler_params=params)(*operands)
