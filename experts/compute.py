@@ -54,7 +54,7 @@ def apply_experts(
         x: `[T, D]`.
         plan: slots `[T, K]` and weights `[T, K]`.
         backend: a name in `BACKENDS`, or "auto": `choose_backend`.
-        block_size: rows in an overflow block of `buckets`.
+        block_size: rows in an overflow block of `buckets`; by the rows per expert if None.
 
     Returns:
         `[T, D]` of x's type; zero for a row that is nowhere.
