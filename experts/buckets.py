@@ -40,9 +40,9 @@ def bucket_capacity(assignments: int, num_slots: int) -> int:
 
 
 def overflow_block(capacity: int) -> int:
-    """b: at most a bucket's size, so that a block is not mostly padding where experts have few rows; 1 without buckets,
-    where an expert that has rows mostly has one."""
-    return max(1, min(LARGEST_BLOCK, capacity))
+    """b: up to twice a bucket's size, so that a block is not mostly padding where experts have few rows; 1 without
+    buckets, where an expert that has rows mostly has one."""
+    return max(1, min(LARGEST_BLOCK, 2 * capacity))
 
 
 def buckets(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: int | None) -> jax.Array:

@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AbstractDevice
 
 from experts import triton
 from experts.compute import Placed, apply_experts, choose_backend
 from experts.kinds import get_kind
+from pathways.config import BalanceOptions, GateOptions, ModelConfig
 from pathways.devices import over_rows
+from pathways.network.routed import RoutedFeedForward, RowContext
 from routing.plan import Plan
 from sharding.mesh import MeshConfig, make_mesh
 
@@ -76,6 +79,7 @@ def tpu() -> list[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")  # it asks no cloud where it is
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests may run side by side: no TPU is held
         return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
 
 
@@ -101,7 +105,8 @@ def test_tpu_gets_grouped_products(tpu, kind, dtype, devices, monkeypatch):
         # A backward pass is two products for each of the forward's. Dense, it would be E = 32 times as much.
         grouped = passes * get_kind(kind).operations(WIDTH, HIDDEN) * ASSIGNMENTS / devices
         flops = program.cost_analysis()["flops"]
-        assert grouped <= flops <= (1.1 if backend == "ragged" else 1.6) * grouped
+        # Buckets have 16 places for 8 rows on each of four devices, and a block of overflow is counted once.
+        assert grouped <= flops <= (1.1 if backend == "ragged" else 2.5) * grouped
         text = program.as_text()
         assert ("ragged-dot" in text) == (backend == "ragged")
         assert max(math.prod(shape) for _, shape in arrays(text)) <= largest
@@ -116,6 +121,34 @@ def test_the_check_of_tpu_sees_a_dense_expansion(tpu):
     program = jax.jit(forward("mlp", "dense")).lower(*given).compile()
     assert program.cost_analysis()["flops"] > 10 * get_kind("mlp").operations(WIDTH, HIDDEN) * ASSIGNMENTS
     assert max(math.prod(shape) for _, shape in arrays(program.as_text())) >= EXPERTS * ROWS * HIDDEN
+
+
+@pytest.mark.slow
+def test_tpu_gets_a_whole_routed_layer_grouped(tpu, monkeypatch):
+    """Gate, plan, experts, balance and counters, with gradients."""
+    monkeypatch.delenv("PATHWAYS_BACKEND", raising=False)
+    config = ModelConfig(width=WIDTH, hidden=HIDDEN, experts={"mlp": EXPERTS}, gate=GateOptions(top_k=K))
+    layer = nnx.eval_shape(lambda: RoutedFeedForward(config, config.experts, 1, EXPERTS, nnx.Rngs(0)))
+    graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+    rows = RowContext(
+        *[jax.ShapeDtypeStruct((ROWS,), jnp.int32)] * 4, *[jax.ShapeDtypeStruct((8,), jnp.int32)] * 2, None
+    )
+    given = parameters, rest, jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.bfloat16), rows
+
+    def loss(parameters, rest, x, rows):
+        slots = jnp.arange(EXPERTS)[None]
+        layer = nnx.merge(graph, parameters, rest)
+        y, account = layer(x, rows, slots, BalanceOptions(), num_tasks=3, key=None, statistics=True)
+        return (y.astype(jnp.float32) ** 2).sum() + account.loss, account.counters
+
+    mesh = make_mesh(MeshConfig(data=1), tpu[:1])
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with jax.set_mesh(mesh):
+        given = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), given)
+        program = jax.jit(jax.grad(loss, argnums=(0, 2), has_aux=True)).lower(*given).compile()
+    grouped = 3 * get_kind("mlp").operations(WIDTH, HIDDEN) * ASSIGNMENTS
+    assert grouped <= program.cost_analysis()["flops"] < 2 * grouped
+    assert max(math.prod(shape) for _, shape in arrays(program.as_text())) <= EXPERTS * WIDTH * HIDDEN
 
 
 # GPU: lowered as far as jax goes without one, and compiled by Triton where that is installed.
