@@ -71,7 +71,7 @@ def both(kind: str, backend: str = "auto"):
 
 
 @pytest.fixture(scope="module")
-def tpu() -> list[Any]:
+def tpu() -> Iterator[list[Any]]:
     """Devices that programs can be compiled for, but not run on."""
     if not find_spec("libtpu"):
         pytest.skip("libtpu is not installed: see the extra tpu-check")
@@ -80,7 +80,12 @@ def tpu() -> list[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")  # it asks no cloud where it is
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # tests may run side by side: no TPU is held
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+        # Programs for devices that are not here can be written to the cache, but not read back.
+        keep_from = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+        yield devices
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", keep_from)
 
 
 def arrays(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
