@@ -4,6 +4,9 @@ The assignments are sorted once. Each expert gets a bucket of about 1.25 times i
 batched product; what overflows goes, in the sorted order, through a loop over small blocks that runs only as often as
 there are such blocks. Rows move by gathers alone, in the backward pass too.
 
+Where most experts must stay without a row, as in decoding and serving, there are no buckets: each row is a block, and
+the loop reads the parameters of the experts that were chosen and of no other.
+
 Axis letters: T rows, K experts per row, D width, E slots, C capacity of a bucket, L overflow blocks, b rows in a block,
 P places.
 """
@@ -25,7 +28,7 @@ from routing.blocks import Layout, block_layout, bucket_layout, take_rows
 from routing.plan import Plan
 
 CAPACITY_FACTOR = 1.25
-BLOCK_SIZE = 64
+LARGEST_BLOCK = 64
 
 
 def bucket_capacity(assignments: int, num_slots: int) -> int:
@@ -36,6 +39,12 @@ def bucket_capacity(assignments: int, num_slots: int) -> int:
     return -(-int(CAPACITY_FACTOR * assignments) // (8 * num_slots)) * 8
 
 
+def overflow_block(capacity: int) -> int:
+    """b: up to twice a bucket's size, so that a block is not mostly padding where experts have few rows; 1 without
+    buckets, where an expert that has rows mostly has one."""
+    return max(1, min(LARGEST_BLOCK, 2 * capacity))
+
+
 def buckets(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: int | None) -> jax.Array:
     """Buckets and overflow blocks for each kind, all from one sort, `[T, D]` in the wide type."""
     by_slot, num_slots = sort_plan(banks, plan)
@@ -44,7 +53,8 @@ def buckets(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: i
     for kind, bank in banks.items():
         if bank.num and x.shape[0]:
             bucket = bucket_layout(by_slot, capacity, bank.start, bank.num)
-            over = block_layout(by_slot, block_size or BLOCK_SIZE, bank.start, bank.num, skip=capacity)
+            size = block_size or overflow_block(capacity)
+            over = block_layout(by_slot, size, bank.start, bank.num, skip=capacity)
             part: jax.Array = _grouped(get_kind(kind).apply, bank.params, x, plan.weight, bucket, over)
             y = y + part
     return y

@@ -9,6 +9,7 @@ Backends stand in `BACKENDS`. All give the same numbers up to rounding; no row i
 - `dense` applies every expert to every row: the oracle, good for float64, and costs E / K times too much.
 - `native`: products of sorted rows in C++, for CPU where a compiler is there, in float32 and, if the processor has it,
   in bfloat16 (`experts.native`).
+- `triton`: products of sorted rows as Pallas kernels, for GPU (`experts.triton`).
 - `buckets`: one batched product and a loop over what overflows, in plain XLA (`experts.buckets`).
 - `ragged`: `lax.ragged_dot` on sorted rows, for TPU (`experts.rows`).
 """
@@ -16,7 +17,9 @@ Backends stand in `BACKENDS`. All give the same numbers up to rounding; no row i
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -26,11 +29,11 @@ from jax import lax
 from experts import native
 from experts.buckets import buckets
 from experts.kinds import Bank, get_kind
-from experts.rows import native_rows, ragged_rows, wide
+from experts.rows import native_rows, ragged_rows, triton_rows, wide
 from experts.slots import Placed
 from routing.plan import Plan
 
-__all__ = ["BACKENDS", "Placed", "apply_experts", "choose_backend"]
+__all__ = ["BACKENDS", "Placed", "apply_experts", "choose_backend", "wanted_backend"]
 
 Banks = Mapping[str, Placed | tuple[Bank, int, int]]
 Backend = Callable[[Mapping[str, Placed], jax.Array, Plan, int | None], jax.Array]
@@ -53,7 +56,7 @@ def apply_experts(
         x: `[T, D]`.
         plan: slots `[T, K]` and weights `[T, K]`.
         backend: a name in `BACKENDS`, or "auto": `choose_backend`.
-        block_size: rows in an overflow block of `buckets`.
+        block_size: rows in an overflow block of `buckets`; by the rows per expert if None.
 
     Returns:
         `[T, D]` of x's type; zero for a row that is nowhere.
@@ -63,11 +66,8 @@ def apply_experts(
     """
     placed = {kind: Placed(*bank) for kind, bank in banks.items()}
     _check(placed, x, plan, block_size)
+    _check_backend(backend)
     name = choose_backend(x.dtype) if backend == "auto" else backend
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}, expected auto or one of {', '.join(sorted(BACKENDS))}")
-    if name == "native" and not native.available():
-        raise ValueError("the native backend is not there: expected a C++ compiler, and PATHWAYS_NATIVE not 0")
     y = _identity(placed.pop("identity"), x, plan) if "identity" in placed else None
     if placed:
         grouped = BACKENDS[name](placed, x, plan, block_size)
@@ -114,27 +114,74 @@ def _dense(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: in
     return y
 
 
-BACKENDS: dict[str, Backend] = {"dense": _dense, "native": native_rows, "buckets": buckets, "ragged": ragged_rows}
+BACKENDS: dict[str, Backend] = {
+    "dense": _dense,
+    "native": native_rows,
+    "triton": triton_rows,
+    "buckets": buckets,
+    "ragged": ragged_rows,
+}
 """Each maps (banks, x, plan, block_size) to `[T, D]` in the wide type; the banks have leaves (identity is apart)."""
+
+GPU = ("gpu", "cuda", "rocm")
 
 
 def choose_backend(dtype: Any, platform: str | None = None) -> str:
-    """The backend for a compute type on a platform ("cpu", "gpu", "tpu"; jax's default one if None).
+    """The backend for a compute type on a platform ("cpu", "gpu", "tpu"; that of the mesh in force if None, so that a
+    program can be compiled for devices that are not here; jax's default one without a mesh).
 
-    `$PATHWAYS_BACKEND` overrides it.
+    `$PATHWAYS_BACKEND` overrides it. A choice that would apply every expert to every row is told by a warning, once.
 
     Raises:
-        ValueError: the override names no backend.
+        ValueError: the override names no backend, or one that is not there.
     """
-    wanted = os.environ.get(OVERRIDE)
-    if wanted and wanted != "auto":
-        if wanted not in BACKENDS:
-            names = ", ".join(sorted(BACKENDS))
-            raise ValueError(f"unknown backend {wanted!r} in ${OVERRIDE}, expected auto or one of {names}")
+    if platform is None:
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        platform = jax.default_backend() if device is None else device.platform
+    wanted = wanted_backend()
+    if wanted != "auto":
+        if wanted == "dense" or (wanted == "ragged" and platform != "tpu"):
+            _warn_of_dense(wanted, platform)
         return wanted
-    platform = platform or jax.default_backend()
     if platform == "tpu":
-        return "ragged"
-    if platform != "cpu":
-        return "buckets"  # ragged_dot is dense in disguise there, unless a flag of jax is set
+        # Before, XLA for TPU computed the weights' gradients of ragged_dot densely.
+        return "ragged" if jax.__version_info__ >= (0, 12) else "buckets"
+    if platform in GPU:
+        return "triton" if dtype != jnp.float64 and _triton_works() else "buckets"
     return "native" if native.available(dtype) else "buckets"
+
+
+def wanted_backend() -> str:
+    """What `$PATHWAYS_BACKEND` asks for; "auto" where it is not set.
+
+    Raises:
+        ValueError: there is no such backend, or it is not there on this machine.
+    """
+    wanted = os.environ.get(OVERRIDE) or "auto"
+    _check_backend(wanted, f" in ${OVERRIDE}")
+    return wanted
+
+
+def _check_backend(name: str, where: str = "") -> None:
+    if name not in ("auto", *BACKENDS):
+        names = ", ".join(sorted(BACKENDS))
+        raise ValueError(f"unknown backend {name!r}{where}, expected auto or one of {names}")
+    if name == "native" and not native.available():
+        raise ValueError(f"the native backend is not there{where}: expected a C++ compiler, and PATHWAYS_NATIVE not 0")
+
+
+def _triton_works() -> bool:
+    try:
+        from experts.triton import works
+    except ImportError:
+        # The jax at hand has no Triton.
+        return False
+    return works()
+
+
+@cache
+def _warn_of_dense(backend: str, platform: str) -> None:
+    warnings.warn(
+        f"the backend {backend!r} applies every expert to every row on {platform}; unset ${OVERRIDE} for a grouped one",
+        stacklevel=3,
+    )

@@ -1,7 +1,7 @@
 """Backends that work on rows in the order of their experts, without padding, and the movement of rows that all share.
 
-`native` (C++ on CPU) and `ragged` (`lax.ragged_dot`, for TPU) differ in one thing alone: how they multiply rows
-`[N, A]`, sorted by group, by the matrix of each row's group.
+`native` (C++ on CPU), `triton` (kernels for GPU) and `ragged` (`lax.ragged_dot`, for TPU) differ in one thing alone:
+how they multiply rows `[N, A]`, sorted by group, by the matrix of each row's group.
 
 Axis letters: T rows, K experts per row, N = T*K assignments, D width, A inputs and Z outputs of a product, E slots, G
 groups (the experts of a kind), P places.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from experts.kinds import Affine, get_kind
-from experts.native import available, grouped_affine
+from experts.native import grouped_affine
 from experts.slots import Placed
 from routing.blocks import Sorted, sort_by_group, spread, take_rows
 from routing.plan import Plan
@@ -34,13 +34,23 @@ def wide(dtype: Any) -> Any:
 def native_rows(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: int | None) -> jax.Array:
     """By the C++ products of `experts.native`, which round float32 parameters as they read them."""
     del block_size
-    if not available(x.dtype):
-        raise ValueError(f"expected float32 rows, or bfloat16 where the native backend has it, got {x.dtype}")
+    if x.dtype == jnp.float64:
+        raise ValueError("the native backend sums in float32: expected float32 or bfloat16 rows, got float64")
     return _by_rows(banks, x, plan, lambda start: lambda rows, w, b: grouped_affine(rows, w, b, start))
 
 
+def triton_rows(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: int | None) -> jax.Array:
+    """By the kernels of `experts.triton`; interpreted, and slow, where the program is for CPU."""
+    from experts.triton import grouped_affine as grouped_affine_of_triton
+
+    del block_size
+    if x.dtype == jnp.float64:
+        raise ValueError("the triton backend sums in float32: expected float32 or bfloat16 rows, got float64")
+    return _by_rows(banks, x, plan, lambda start: lambda rows, w, b: grouped_affine_of_triton(rows, w, b, start))
+
+
 def ragged_rows(banks: Mapping[str, Placed], x: jax.Array, plan: Plan, block_size: int | None) -> jax.Array:
-    """By `lax.ragged_dot`: native on TPU; elsewhere jax applies every group to all rows, unless a flag of it is set."""
+    """By `lax.ragged_dot`: a kernel of XLA's on TPU; elsewhere every group is applied to all rows."""
     del block_size
     return _by_rows(banks, x, plan, _ragged_affine)
 

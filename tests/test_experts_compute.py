@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
@@ -10,19 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh
 from tolerance import assert_close
 
-from experts import native
-from experts.buckets import bucket_capacity
-from experts.compute import BACKENDS, Placed, apply_experts, choose_backend
+from experts import native, triton
+from experts.buckets import bucket_capacity, overflow_block
+from experts.compute import BACKENDS, Placed, _warn_of_dense, apply_experts, choose_backend
 from experts.kinds import KINDS, get_kind
 from routing.plan import Plan
 
 HERE = sorted(set(BACKENDS) - (set() if native.available() else {"native"}))
 """The backends that this machine has; `native` needs a compiler."""
-PAIRS = [
-    (name, dtype) for name in HERE for dtype in ("float32", "bfloat16") if name != "native" or native.available(dtype)
-]
 WIDTH, HIDDEN = 6, 10
 SLOTS = {"mlp": (0, 5), "swiglu": (5, 3), "identity": (8, 1)}
 NUM_SLOTS = 9
@@ -110,7 +109,8 @@ def one_expert(kind: str, p: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize(("backend", "dtype"), PAIRS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", HERE)
 def test_every_backend_equals_the_oracle(backend, dtype, load):
     params, x, slot, weight = problem(load)
     params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), (params, x))
@@ -121,7 +121,7 @@ def test_every_backend_equals_the_oracle(backend, dtype, load):
     jax.tree.map(lambda a, b: assert_close(np.asarray(a, np.float64), b, dtype), grads, expected_grads)
 
 
-@pytest.mark.parametrize("backend", [name for name in HERE if name != "native"])
+@pytest.mark.parametrize("backend", [name for name in HERE if name not in ("native", "triton")])
 def test_float64_is_kept(backend):
     with jax.enable_x64(True):
         params, x, slot, weight = jax.tree.map(jnp.asarray, problem("skewed"))
@@ -144,7 +144,7 @@ def test_wild_plans(backend, slots):
         assert_close(actual, desired)
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 64])
+@pytest.mark.parametrize("block_size", [1, 8, 64, None])
 def test_any_block_size(block_size):
     params, x, slot, weight = jax.tree.map(jnp.asarray, problem("one kind"))
     y = jax.jit(lambda p, x: apply(p, x, weight, slot, "buckets", block_size))(params, x)
@@ -166,7 +166,7 @@ def test_a_row_that_is_nowhere_spoils_nothing(backend):
     jax.tree.map(np.testing.assert_array_equal, grads, good_grads)
 
 
-@pytest.mark.parametrize("backend", [name for name in HERE if name in ("buckets", "native")])
+@pytest.mark.parametrize("backend", [name for name in HERE if name in ("buckets", "native", "triton")])
 def test_no_activation_is_scattered(backend):
     """Forward and backward on CPU hold no floating-point scatter outside the overflow's weights."""
     params, x, slot, weight = problem("even")
@@ -194,6 +194,37 @@ def test_capacity():
     assert bucket_capacity(10, 4) == 8
     # 2 assignments can reach 2 of 64 experts: no buckets, so 62 are not read.
     assert bucket_capacity(2, 64) == 0
+    assert [overflow_block(capacity) for capacity in (0, 8, 40, 1280)] == [1, 16, 64, 64]
+
+
+FEW = [name for name in HERE if name in ("buckets", "native")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", FEW)
+def test_a_few_rows_read_the_chosen_experts_alone(backend, dtype):
+    """In the program compiled for CPU nothing is made for every expert: banks are handed on, and slices taken."""
+    if (backend, dtype) == ("native", "bfloat16"):
+        pytest.skip("not chosen: it widens the bank first")
+    num, kind = 64, get_kind("mlp")
+    bank = kind.init(jax.random.key(0), num, WIDTH, HIDDEN, jnp.float32)
+    slot = jnp.array([[5, 17], [17, 40], [5, 6]], jnp.int32)
+
+    def layer(bank, x):
+        return apply_experts({"mlp": Placed(bank, 0, num)}, x, Plan(slot, jnp.ones((3, 2))), backend=backend)
+
+    x = jnp.ones((3, WIDTH), dtype)
+    program = jax.jit(layer).lower(bank, x).compile()
+    # Neither a bank nor, as a product of all of them with buckets would be, rows for each of its experts.
+    made = set(re.findall(rf"= \w+\[{num},[1-9]\d*,[1-9]\d*\]\S* ([\w-]+)\(", program.as_text()))
+    assert "parameter" in made
+    assert made <= {"parameter", "get-tuple-element", "bitcast"}
+    # What the experts that were not chosen hold does not matter.
+    chosen = jnp.zeros(num, bool).at[slot].set(True)
+    spoiled = {
+        name: jnp.where(chosen.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, jnp.nan) for name, leaf in bank.items()
+    }
+    np.testing.assert_array_equal(program(spoiled, x), program(bank, x))
 
 
 def test_mistakes_are_told():
@@ -218,14 +249,65 @@ def test_the_choice(monkeypatch):
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float64):
         assert choose_backend(dtype, "cpu") == fast[native.available(dtype)]
     assert choose_backend(jnp.float64, "cpu") == "buckets"
-    assert (choose_backend(jnp.float32, "gpu"), choose_backend(jnp.bfloat16, "tpu")) == ("buckets", "ragged")
-    monkeypatch.setenv("PATHWAYS_BACKEND", "dense")
-    assert choose_backend(jnp.float32) == "dense"
+    on_tpu = "ragged" if jax.__version_info__ >= (0, 12) else "buckets"
+    assert (choose_backend(jnp.float32, "gpu"), choose_backend(jnp.bfloat16, "tpu")) == ("triton", on_tpu)
+    assert choose_backend(jnp.float64, "gpu") == "buckets"
+    monkeypatch.setenv("PATHWAYS_BACKEND", "buckets")
+    assert choose_backend(jnp.float32) == "buckets"
     monkeypatch.setenv("PATHWAYS_BACKEND", "bukets")
     with pytest.raises(
         ValueError, match=r"unknown backend 'bukets' in \$PATHWAYS_BACKEND, expected auto or one of buckets"
     ):
         choose_backend(jnp.float32)
+
+
+def test_the_choice_follows_the_mesh_in_force(monkeypatch):
+    """So what is compiled for a device that is not here gets that device's backend."""
+    monkeypatch.delenv("PATHWAYS_BACKEND", raising=False)
+    for platform in ("gpu", "tpu", "cpu"):
+        device = AbstractDevice(device_kind="some", num_cores=None, platform=platform)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+            assert choose_backend(jnp.float32) == choose_backend(jnp.float32, platform)
+
+
+def test_what_is_dense_in_disguise_is_told_once(monkeypatch):
+    told = "the backend 'ragged' applies every expert to every row on gpu; unset \\$PATHWAYS_BACKEND"
+    _warn_of_dense.cache_clear()
+    monkeypatch.setenv("PATHWAYS_BACKEND", "ragged")
+    with pytest.warns(UserWarning, match=told):
+        assert choose_backend(jnp.float32, "gpu") == "ragged"
+    assert choose_backend(jnp.float32, "gpu") == "ragged"
+    assert choose_backend(jnp.float32, "tpu") == "ragged"
+
+
+def test_kernels_that_fail_on_a_gpu_give_way_with_a_word(monkeypatch):
+    monkeypatch.delenv("PATHWAYS_BACKEND", raising=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for answer, told in ((lambda: "dw is wrong in float32", "dw is wrong"), (lambda: [][0], "index out of range")):
+        triton.works.cache_clear()
+        monkeypatch.setattr(triton, "_wrong", answer)
+        with pytest.warns(UserWarning, match=f"do not work on this GPU, buckets are used: .*{told}"):
+            assert choose_backend(jnp.float32) == "buckets"
+        assert choose_backend(jnp.float32) == "buckets"
+    triton.works.cache_clear()
+
+
+@pytest.mark.slow
+def test_the_trial_of_the_kernels_finds_what_is_wrong(monkeypatch):
+    assert triton._wrong() is None
+    right = triton.make_tiles
+    monkeypatch.setattr(triton, "make_tiles", lambda *given: (tiles := right(*given))._replace(group=0 * tiles.group))
+    assert triton._wrong() == "y is wrong in float32"
+
+
+@given(sizes=st.lists(st.integers(0, 60), min_size=4, max_size=4))
+def test_tiles_hold_each_row_once(sizes):
+    """In order, each tile of one group and no longer than asked; the rows of no group too."""
+    start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    tiles = jax.tree.map(np.asarray, jax.jit(triton.make_tiles, static_argnums=(1, 2))(start, 240, 16))
+    assert ((tiles.stop - tiles.first) <= 16).all()
+    held = [(row, g) for g, a, b in zip(*tiles, strict=True) for row in range(a, b)]
+    assert held == list(enumerate(np.repeat(np.arange(5), [*sizes, 240 - start[-1]])))
 
 
 def test_every_registered_kind_is_tested_here():

@@ -137,7 +137,7 @@ def test_under_vmap():
 
 def test_float64_is_refused():
     x = np.zeros((2, 3))
-    with pytest.raises(ValueError, match="expected float32 rows, .* got float64"):
+    with pytest.raises(ValueError, match="expected float32 or bfloat16 rows, got float64"):
         native_rows({"mlp": Placed({}, 0, 1)}, x, Plan(jnp.zeros((2, 1), jnp.int32), jnp.ones((2, 1))), None)
 
 

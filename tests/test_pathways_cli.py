@@ -213,8 +213,8 @@ def test_a_backend_that_is_not_there(monkeypatch, tiny_model: Model, capsys: pyt
     monkeypatch.setenv("PATHWAYS_BACKEND", "fast")
     assert main(["show", tiny_model.path]) == 2
     said = capsys.readouterr().err
-    assert "There is no such backend" in said
-    assert "one of auto, buckets, dense, native, ragged" in said
+    assert "unknown backend" in said
+    assert "expected auto or one of buckets, dense, native, ragged, triton" in said
 
 
 def test_verify_names_what_is_damaged(model_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,8 @@ def grouped_affine(x: jax.Array, w: jax.Array, b: jax.Array | None, start: jax.A
     """`y[r] = x[r] w[g] + b[g]` for the rows `start[g] <= r < start[g + 1]`, and zero for rows in no group.
 
     Sums are in float32. Rows in no group are not read. Products of bfloat16 rows, forward and backward, are of weights
-    and gradients rounded to it. Needs `available(x.dtype)`.
+    and gradients rounded to it where the processor multiplies it (`available(x.dtype)`), and widened to float32
+    elsewhere. Needs `available()`.
 
     Args:
         x: `[N, A]`, float32 or bfloat16.
@@ -38,16 +39,16 @@ def grouped_affine(x: jax.Array, w: jax.Array, b: jax.Array | None, start: jax.A
 
 def _forward(x, w, b, start):
     shape = (x.shape[0], w.shape[2])
-    y = _call("forward", (shape,), x, _float(w), _float(_or_none(b, w)), start)[0]
+    y = _call("forward", (shape,), _rows(x), _float(w), _float(_or_none(b, w)), start)[0]
     return y, (x, w, b, start)
 
 
 def _backward(residual, dy):
     x, w, b, start = residual
-    dy = dy.astype(x.dtype)
+    dy = _rows(dy.astype(x.dtype))
     dx = _call("inputs", (x.shape,), dy, _float(w), start)[0]
     bias = _or_none(b, w).shape
-    dw, db = _call("weights", (w.shape, bias), x, dy, start)
+    dw, db = _call("weights", (w.shape, bias), _rows(x), dy, start)
     return dx.astype(x.dtype), dw.astype(w.dtype), None if b is None else db.astype(b.dtype), None
 
 
@@ -57,6 +58,11 @@ grouped_affine.defvjp(_forward, _backward)
 def _or_none(b: jax.Array | None, w: jax.Array) -> jax.Array:
     """The bias, or the empty one that stands for none."""
     return jnp.zeros((w.shape[0], 0), jnp.float32) if b is None else b
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """In a type that the products take."""
+    return x if available(x.dtype) else _float(x)
 
 
 def _float(leaf: jax.Array) -> jax.Array:

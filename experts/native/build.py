@@ -31,7 +31,10 @@ _found: frozenset[str] | None = None
 
 
 def user_cache() -> Path:
-    """Where pathways keeps what can be made again: `$PATHWAYS_CACHE`, else a folder in the user's cache folder."""
+    """Where pathways keeps what can be made again: `$PATHWAYS_CACHE`, else a folder in the user's cache folder.
+
+    It stands in the lowest room that needs it; `pathways.data.cache_folder` is the same for the rest.
+    """
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("PATHWAYS_CACHE") or f"{home}/pathways").expanduser()
 

@@ -20,7 +20,7 @@ def set_up_jax() -> None:
     """Keeps compiled programs between runs, unless `JAX_COMPILATION_CACHE_DIR` already says where.
 
     Raises:
-        UserError: `$PATHWAYS_BACKEND` names no way to compute experts.
+        UserError: `$PATHWAYS_BACKEND` names no way to compute experts, or one that is not there.
     """
     _check_backend()
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
@@ -36,20 +36,13 @@ def set_up_jax() -> None:
 
 def _check_backend() -> None:
     """Refuses a backend that there is not, before anything is compiled."""
-    from experts.compute import BACKENDS, OVERRIDE
-    from experts.native import available
+    from experts.compute import OVERRIDE, wanted_backend
     from tasks.errors import UserError
 
-    wanted = os.environ.get(OVERRIDE) or "auto"
-    if wanted not in ("auto", *BACKENDS):
-        names = ", ".join(["auto", *sorted(BACKENDS)])
-        raise UserError("There is no such backend.", where=f"${OVERRIDE}", expected=f"one of {names}", got=wanted)
-    if wanted == "native" and not available():
-        raise UserError(
-            "The native backend is not there.",
-            where=f"${OVERRIDE}",
-            fix="install g++ or clang++, unset PATHWAYS_NATIVE, or choose another backend",
-        )
+    try:
+        wanted_backend()
+    except ValueError as error:
+        raise UserError(str(error), where=f"${OVERRIDE}", fix=f"unset {OVERRIDE}, or choose another backend") from error
 
 
 def run_train(args: Namespace) -> None:
