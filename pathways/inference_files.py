@@ -221,7 +221,7 @@ def written(target: Path | None) -> Iterator[IO[bytes]]:
         partial.replace(target)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError("the predictions cannot be written", where=str(target), got=reason) from error
+        raise UserError("the output cannot be written", where=str(target), got=reason) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pathways import report
+from pathways.cli.suggestions import run_suggest
 
 Command = Callable[[Namespace], int | None]
 
@@ -280,6 +281,7 @@ COMMANDS: dict[str, Command] = {
     "undo": run_undo,
     "predict": run_predict,
     "eval": run_eval,
+    "suggest": run_suggest,
     "tasks": run_tasks,
     "show": run_show,
     "stats": run_stats,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pathways.cli.overrides import read_fields
+from pathways.cli.suggestions import add_suggest
 from tasks.check import nearest, unknown
 from tasks.errors import UserError
 
@@ -114,6 +115,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         _undo,
         _predict,
         _eval,
+        add_suggest,
         _tasks,
         _show,
         _stats,
