@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pathways.cli import main
 from pathways.model import Model
 from pathways.suggesting.candidates import Candidates, merge, objects
-from pathways.suggesting.choice import choose
+from pathways.suggesting.choice import groups, most_doubtful, unlike
 from pathways.suggesting.doubt import answers, doubt, label_doubt, margin_doubt, sureness, word_doubt
 from pathways.suggesting.known import digests, has_target
 from tasks.errors import UserError
@@ -59,26 +59,54 @@ def test_answers_and_how_sure_they_are() -> None:
     assert sureness(fitted("regression", ()), np.array([[2.5]])) == [None]
 
 
-def test_choice_by_hand() -> None:
-    # On a line at 0, 1, 4, 10, doubted 1.0, 0.9, 0.5, 0.1. First the most doubted, at 0. Then weight times squared
-    # distance: 0.9 * 1, 0.5 * 16 = 8, 0.1 * 100 = 10: that at 10. Then 0.9 * 1 against 0.5 * min(16, 36) = 8: at 4.
-    x = np.array([[0.0], [1.0], [4.0], [10.0]])
-    order, distance = choose(x, np.array([1.0, 0.9, 0.5, 0.1]), 3)
-    assert order.tolist() == [0, 3, 2]
-    assert distance.tolist() == [np.inf, 10.0, 4.0]
-    # With a known row at 9 and equal weights: 0 is 9 away; then 4, as far from 0 as from 9 minus one: 4 against 1, 1.
-    order, distance = choose(x, np.ones(4), 9, np.array([[9.0]]))
-    assert order.tolist() == [0, 2, 1, 3]
-    assert distance.tolist() == [9.0, 4.0, 1.0, 1.0]
+LINE = np.array([[0.0], [0.2], [5.0], [5.3], [9.0]])
 
 
-@given(st.lists(st.tuples(st.integers(-3, 3), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=12), st.data())
-def test_a_choice_names_each_row_once_and_begins_as_a_shorter_one(rows: list[Any], data: st.DataObject) -> None:
-    x, weight = np.array([[float(a)] for a, _ in rows]), np.array([w for _, w in rows])
-    n = data.draw(st.integers(1, 15))
-    order, _ = choose(x, weight, n)
-    assert len(order) == len(set(order.tolist())) == min(n, len(rows))
-    assert choose(x, weight, 1)[0].tolist() == order[:1].tolist() == [int(np.argmax(weight))]
+@pytest.mark.parametrize("seed", range(5))
+def test_the_most_doubtful_of_each_group_by_hand(seed: int) -> None:
+    # Three groups on a line: {0, 0.2}, {5, 5.3}, {9}. The most doubtful of each: 1 (0.8), 2 (0.9), 4 (0.1).
+    doubt = np.array([0.7, 0.8, 0.9, 0.85, 0.1])
+    assert most_doubtful(LINE, doubt, 3, seed).tolist() == [2, 1, 4]
+    assert most_doubtful(LINE, doubt, 9, seed).tolist() == [2, 3, 1, 0, 4]
+    # Doubt alone would name 2, 3, 1. Rows that coincide leave a group empty: the next in doubt stands in.
+    assert most_doubtful(np.zeros((4, 1)), np.array([0.1, 0.3, 0.3, 0.2]), 3, seed).tolist() == [1, 2, 3]
+
+
+def test_centres_move_to_the_mean_of_their_rows() -> None:
+    # Wherever the two centres begin, the groups end as the halves of two clouds.
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(40, 3)), rng.normal(size=(40, 3)) + 9])
+    for seed in range(4):
+        found = groups(x, 2, seed)
+        assert set(found[:40]) ^ set(found[40:]) == {0, 1}
+
+
+def test_unlike_rows_by_hand() -> None:
+    # Known rows at 0 and 9, so rows 0 and 4 can never be drawn before the others. Row 2, 4 from 9, comes first in
+    # 16 of 16 + 13.69 + 0.04 draws, 0.538 of them; 3 standard deviations of 400 draws are 0.075.
+    first = [unlike(LINE, 1, np.array([[0.0], [9.0]]), seed) for seed in range(400)]
+    assert abs(np.mean([place[0] == 2 for place, _ in first]) - 0.538) < 0.075
+    assert {float(distance[0]) for place, distance in first if place[0] == 2} == {4.0}
+    place, distance = unlike(LINE, 9, np.array([[0.0], [9.0]]), 0)
+    assert place.tolist()[-2:] == [0, 4]
+    assert distance[-2:].tolist() == [0.0, 0.0]
+    place, distance = unlike(LINE, 2, None, 3)
+    assert distance.tolist() == [np.inf, abs(LINE[place[0], 0] - LINE[place[1], 0])]
+
+
+@given(
+    st.lists(st.tuples(st.integers(-3, 3), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=12),
+    st.integers(1, 15),
+    st.integers(0, 99),
+)
+def test_a_choice_names_no_row_twice_and_the_most_doubtful_first(rows: list[Any], n: int, seed: int) -> None:
+    x, doubt = np.array([[float(a)] for a, _ in rows]), np.array([w for _, w in rows])
+    for order in (most_doubtful(x, doubt, n, seed), unlike(x, n, None, seed)[0]):
+        assert len(order) == len(set(order.tolist())) == min(n, len(rows))
+    order = most_doubtful(x, doubt, n, seed)
+    assert order[0] == int(np.argmax(doubt))
+    assert (np.diff(doubt[order]) <= 0).all()
+    np.testing.assert_array_equal(most_doubtful(x, doubt, n, seed), order)
 
 
 def candidates(*rows: tuple[int, int, float]) -> Candidates:
@@ -97,7 +125,7 @@ def test_candidates_are_the_most_doubted_and_no_row_twice() -> None:
 @given(st.lists(st.tuples(st.integers(0, 9), st.floats(0, 1)), max_size=30), st.integers(1, 8), st.integers(1, 7))
 def test_candidates_do_not_depend_on_the_batches(rows: list[Any], most: int, size: int) -> None:
     # Rows with equal inputs get equal doubts from a model, whichever batch they come in.
-    keys = {digest: key for digest, key in rows}
+    keys = dict(rows)
     whole = [(i, digest, keys[digest]) for i, (digest, _) in enumerate(rows)]
     found = Candidates.none(1)
     for begin in range(0, len(whole), size):

@@ -1,8 +1,8 @@
 """Which rows of a pool a person should label next.
 
 A row's label helps where the model doubts its answer, and where no other chosen row would teach the same. So the pool
-is read once, in batches: the model answers each row, and the most doubtful ones are kept as candidates (`scan`). Among
-these, rows are chosen one by one, each for its doubt and for its distance from those before it (`choice`).
+is read once, in batches: the model answers each row, and the most doubtful ones are kept as candidates (`scan`). These
+are divided into groups of rows that are alike to the model, and the most doubtful of each is named (`choice`).
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from pathways.inference import ROWS_AT_ONCE, to_table
 from pathways.inference_files import chosen, opened
-from pathways.suggesting.choice import choose
+from pathways.suggesting.choice import most_doubtful, unlike
 from pathways.suggesting.doubt import DOUBTABLE
 from pathways.suggesting.known import Known, known_rows, partly_filled
 from pathways.suggesting.scan import Batches, Tally, cells_of, sample_of_known, scan
@@ -64,13 +65,14 @@ def suggest(
     """Names the rows of a pool whose labels would help a task most.
 
     The `score` is the doubt of the model from 0 to 1 (`doubt`); where it cannot doubt, for numbers and distributions,
-    the distance from the nearest row that the task knows or that stands before.
+    the distance from the nearest row that the task knows or that stands before (null for a first one of a task whose
+    files are gone).
 
     Args:
         pool: a file that the readers know ("-" for standard input), or rows as `predict` takes them. A target column
             is ignored, but where it is filled in for some rows and blank for others, the filled ones are passed over.
         n: how many; fewer come where there are no more.
-        seed: of the sample of rows that is looked at where the model cannot doubt.
+        seed: of where the groups begin, and of what is drawn where the model cannot doubt.
         keep: further columns of the file for `cells`.
         folder: where relative paths of images and sounds start, for rows that are no file.
 
@@ -112,12 +114,15 @@ def _suggest(
             expected="rows that stand in no file of the task, have no target yet, and decode",
             got=f"{tally.rows} rows, {tally.labelled} with a label, {tally.unreadable} that do not decode",
         )
-    near = None if doubting else sample_of_known(model, task, seed)
-    order, distance = choose(candidates.x, candidates.doubt, n, near)
+    if doubting:
+        order = most_doubtful(candidates.x, candidates.doubt, n, seed)
+        score = candidates.doubt[order]
+    else:
+        order, score = unlike(candidates.x, n, sample_of_known(model, task, seed), seed)
     best = candidates.take(order)
     table = {
         "row": pa.array(best.row + 1),
-        "score": pa.array(best.doubt if doubting else distance),
+        "score": pa.array(np.where(np.isinf(score), np.nan, score), from_pandas=True),
         "prediction": pa.array(best.answer.tolist()),
         "probability": pa.array(best.sure.tolist(), pa.float64()),
     }
