@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.pictures import save
 from experts import native
 from experts.compute import Placed, apply_experts
 from experts.kinds import get_kind
@@ -119,16 +119,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "pathways"})
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path, "Experts and a dense layer")
     plt.close(figure)
-    if path.suffix == ".svg":
-        # Like the other pictures of docs/: a title, and a ground of its own to be read on any page.
-        text = path.read_text(encoding="utf-8")
-        head = re.search(r'<svg [^>]*?width="([^"]+)" height="([^"]+)"[^>]*>', text)
-        assert head is not None
-        ground = f'<title>Experts and a dense layer</title><rect width="{head[1]}" height="{head[2]}" fill="#ffffff"/>'
-        path.write_text(text[: head.end()] + ground + text[head.end() :], encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,12 @@ AT_ONCE = 1 << 23
 """Distances that are held in memory together."""
 
 
+def standardised(x: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Rows `[m, D]` by the mean and deviation of the rows `like [k, D]`; a column without any is left as it is."""
+    mean, std = like.mean(axis=0, dtype=np.float64), like.std(axis=0, dtype=np.float64)
+    return (x - mean) / np.where(std > 1e-6, std, 1.0)
+
+
 def most_doubtful(x: np.ndarray, doubt: np.ndarray, n: int, seed: int) -> np.ndarray:
     """The most doubtful row of each of n groups of rows that are alike.
 
@@ -36,7 +42,6 @@ def most_doubtful(x: np.ndarray, doubt: np.ndarray, n: int, seed: int) -> np.nda
 def groups(x: np.ndarray, n: int, seed: int) -> np.ndarray:
     """`[m]` the group of each row of `x [m, D]`: k-means (Lloyd 1982) from centres of `unlike`."""
     x = x.astype(np.float64)
-    x = x - x.mean(axis=0)
     centre = x[unlike(x, n, None, seed)[0]]
     group = _nearest(x, centre)
     for _ in range(ROUNDS):

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from pathways.inference import ROWS_AT_ONCE, to_table
 from pathways.inference_files import chosen, opened
-from pathways.suggesting.choice import most_doubtful, unlike
+from pathways.suggesting.choice import most_doubtful, standardised, unlike
 from pathways.suggesting.doubt import DOUBTABLE
 from pathways.suggesting.known import Known, known_rows, partly_filled
 from pathways.suggesting.scan import Batches, Tally, cells_of, sample_of_known, scan
@@ -114,11 +114,13 @@ def _suggest(
             expected="rows that stand in no file of the task, have no target yet, and decode",
             got=f"{tally.rows} rows, {tally.labelled} with a label, {tally.unreadable} that do not decode",
         )
+    x = standardised(candidates.x, candidates.x)
     if doubting:
-        order = most_doubtful(candidates.x, candidates.doubt, n, seed)
+        order = most_doubtful(x, candidates.doubt, n, seed)
         score = candidates.doubt[order]
     else:
-        order, score = unlike(candidates.x, n, sample_of_known(model, task, seed), seed)
+        known_x = standardised(sample_of_known(model, task, seed), candidates.x)
+        order, score = unlike(x, n, known_x, seed)
     best = candidates.take(order)
     table = {
         "row": pa.array(best.row + 1),
