@@ -68,8 +68,16 @@ def test_the_most_doubtful_of_each_group_by_hand(seed: int) -> None:
     doubt = np.array([0.7, 0.8, 0.9, 0.85, 0.1])
     assert most_doubtful(LINE, doubt, 3, seed).tolist() == [2, 1, 4]
     assert most_doubtful(LINE, doubt, 9, seed).tolist() == [2, 3, 1, 0, 4]
-    # Doubt alone would name 2, 3, 1. Rows that coincide leave a group empty: the next in doubt stands in.
+    # Doubt alone would name 2, 3, 1. Rows that coincide leave groups empty: the next in doubt of the full one stand in.
     assert most_doubtful(np.zeros((4, 1)), np.array([0.1, 0.3, 0.3, 0.2]), 3, seed).tolist() == [1, 2, 3]
+
+
+def test_more_rows_than_groups_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pathways.suggesting.choice.MOST_GROUPS", 2)
+    # Groups {0, 0.2, 0.4} and {9, 9.1}, with doubts 0.9, 0.8, 0.7 and 0.2, 0.1: the first of each, the second of each.
+    x, doubt = np.array([[0.0], [0.2], [0.4], [9.0], [9.1]]), np.array([0.9, 0.8, 0.7, 0.1, 0.2])
+    assert most_doubtful(x, doubt, 3, 0).tolist() == [0, 1, 4]
+    assert most_doubtful(x, doubt, 4, 0).tolist() == [0, 1, 4, 3]
 
 
 def test_centres_move_to_the_mean_of_their_rows() -> None:

@@ -119,7 +119,8 @@ def cells_of(
 
 def _absolute(fitted: FittedTask, part: pa.Table, folder: str) -> pa.Table:
     for column in fitted.task.inputs:
-        if column.kind in ("image", "audio") and pa.types.is_string(part.schema.field(column.column).type):
+        kind = part.schema.field(column.column).type
+        if column.kind in ("image", "audio") and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             place = part.schema.get_field_index(column.column)
             values = [v and os.path.normpath(Path(folder).absolute() / v) for v in part.column(place).to_pylist()]
             part = part.set_column(place, column.column, pa.array(values, pa.string()))
