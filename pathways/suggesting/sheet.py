@@ -16,7 +16,8 @@ def check_sheet(path: str | Path) -> str:
     """The format of a file that is to be made, by its ending.
 
     Raises:
-        UserError: an ending that is none of csv, jsonl and parquet, or a file that is there: it may hold labels.
+        UserError: an ending that is none of csv, jsonl and parquet, no folder for it, or a file that is there: it may
+            hold labels.
     """
     path = Path(path)
     if path.exists():
@@ -25,6 +26,8 @@ def check_sheet(path: str | Path) -> str:
             where=str(path),
             fix="give another name, or move it away",
         )
+    if not path.parent.is_dir():
+        raise UserError("The folder of this file does not exist.", where=str(path), expected=f"a folder {path.parent}")
     if path.suffix.lower() not in ENDINGS:
         raise UserError("The ending tells no format.", where=str(path), expected=", ".join(ENDINGS), got=path.suffix)
     return ENDINGS[path.suffix.lower()]
