@@ -253,6 +253,7 @@ def test_the_command_prints_and_writes_a_sheet_to_fill_in(
         (["price"], "there is no column 'area'"),
         (["wine", "-o", "todo.xlsx"], "The ending tells no format"),
         (["wine", "-o", "pool.csv"], "it may hold labels"),
+        (["wine", "-o", "nowhere/todo.csv"], "a folder nowhere"),
         (["wine", "--poool", "x"], "did you mean --pool"),
     ],
 )

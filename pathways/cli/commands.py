@@ -142,7 +142,8 @@ def run_predict(args: Namespace) -> None:
 
     set_up_jax()
     model = _open(args)
-    count = predict_file(model, args.task, args.file, args.output, format=args.format, keep=args.keep)
+    options = {"format": args.format, "keep": args.keep, "encoding": args.encoding}
+    count = predict_file(model, args.task, args.file, args.output, **options)
     if args.output not in (None, "-"):
         print(f"{report.integer(count)} rows in {args.output}", file=sys.stderr)
 

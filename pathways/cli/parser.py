@@ -252,7 +252,8 @@ def _predict(command: Any) -> None:
     parser.add_argument("file", metavar="FILE", help="the rows, or - for standard input")
     parser.add_argument("-o", "--output", metavar="OUT", help="a file; standard output by default")
     formats = ("csv", "jsonl", "parquet")
-    parser.add_argument("--format", choices=formats, help="by the ending of OUT, else csv")
+    parser.add_argument("--format", choices=formats, help="of the output; by the ending of OUT, else csv")
+    parser.add_argument("--encoding", help="of a text file; UTF-8 by default")
     parser.add_argument(
         "--keep", action="append", default=[], metavar="COL", help="put this input column first; repeat"
     )

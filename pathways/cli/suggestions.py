@@ -33,6 +33,7 @@ def add_suggest(command: Any) -> None:
     parser.add_argument("-n", type=int, default=50, metavar="N", help="how many rows to name [50]")
     parser.add_argument("--keep", action="append", default=[], metavar="COL", help="show this column too; repeat")
     parser.add_argument("-o", "--output", metavar="OUT", help="write a .csv, .jsonl or .parquet to fill in")
+    parser.add_argument("--encoding", help="of a text file; UTF-8 by default")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn by chance [0]")
     parser.add_argument("--at", type=int, metavar="VERSION", help="an older version; see `pathways log`")
     parser.add_argument("--format", choices=FORMATS, default="table", help="of what is printed; table by default")
@@ -49,7 +50,8 @@ def run_suggest(args: Namespace) -> None:
         check_sheet(args.output)
     set_up_jax()
     model = Model.open(args.model, args.at)
-    found = suggest(model, args.task, args.pool, args.n, seed=args.seed, keep=args.keep)
+    options = {"seed": args.seed, "keep": args.keep, "encoding": args.encoding}
+    found = suggest(model, args.task, args.pool, args.n, **options)
     show(found, args.keep, args.format)
     for note in found.notes:
         print(note, file=sys.stderr)

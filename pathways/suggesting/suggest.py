@@ -61,6 +61,7 @@ def suggest(
     seed: int = 0,
     keep: Sequence[str] = (),
     folder: str | Path = ".",
+    encoding: str | None = None,
 ) -> Suggestions:
     """Names the rows of a pool whose labels would help a task most.
 
@@ -75,6 +76,7 @@ def suggest(
         seed: of where the groups begin, and of what is drawn where the model cannot doubt.
         keep: further columns of the file for `cells`.
         folder: where relative paths of images and sounds start, for rows that are no file.
+        encoding: of a text file; by default its byte order mark decides, else UTF-8.
 
     Raises:
         UserError: an unknown task or column, no row left to label, or what `predict` refuses.
@@ -88,7 +90,7 @@ def suggest(
         table = to_table(model.entry(task).fitted, pool).replace_schema_metadata({b"folder": str(folder).encode()})
         batches = table.to_batches(max_chunksize=ROWS_AT_ONCE)
         return _suggest(model, task, lambda: iter(batches), (), wanted, n, seed)
-    with opened(str(pool)) as (reader, base):
+    with opened(str(pool), encoding) as (reader, base):
         targets = list(model.entry(task).fitted.task.target.columns)
         filled = targets if partly_filled(reader, targets) else []
 
