@@ -19,7 +19,8 @@ from pathways.model import Model
 from pathways.suggesting.candidates import Candidates, merge, objects
 from pathways.suggesting.choice import groups, most_doubtful, unlike
 from pathways.suggesting.doubt import answers, doubt, label_doubt, margin_doubt, sureness, word_doubt
-from pathways.suggesting.known import digests, has_target
+from pathways.suggesting.known import digests, has_target, known_rows
+from pathways.suggesting.scan import cells_of
 from tasks.errors import UserError
 from tasks.fitted import FittedTask
 from tasks.spec import Input, Target, Task
@@ -80,13 +81,13 @@ def test_more_rows_than_groups_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
     assert most_doubtful(x, doubt, 4, 0).tolist() == [0, 1, 4, 3]
 
 
-def test_centres_move_to_the_mean_of_their_rows() -> None:
-    # Wherever the two centres begin, the groups end as the halves of two clouds.
-    rng = np.random.default_rng(0)
-    x = np.concatenate([rng.normal(size=(40, 3)), rng.normal(size=(40, 3)) + 9])
-    for seed in range(4):
-        found = groups(x, 2, seed)
-        assert set(found[:40]) ^ set(found[40:]) == {0, 1}
+@pytest.mark.parametrize("seed", range(4))
+def test_every_row_ends_in_the_group_whose_mean_is_nearest(seed: int) -> None:
+    x = np.random.default_rng(seed).normal(size=(40, 2))
+    group = groups(x, 3, seed)
+    mean = np.stack([x[group == g].mean(axis=0) for g in range(3)])
+    distance = np.linalg.norm(x[:, None] - mean[None], axis=2)
+    np.testing.assert_array_equal(np.argmin(distance, axis=1), group)
 
 
 def test_unlike_rows_by_hand() -> None:
@@ -157,6 +158,23 @@ def test_what_counts_as_filled_in() -> None:
     assert has_target(batch, ["l"]).tolist() == [True, True, False, False]
     assert has_target(batch, ["y", "l"]).tolist() == [True, True, False, False]
     assert has_target(batch, []).tolist() == [False] * 4
+
+
+def test_the_rows_of_a_pool_are_fetched_in_the_order_wanted(tmp_path: Path) -> None:
+    task = fitted("classification", ("a", "b"), ("i", "image"))
+    names = [f"{i}.png" if i else None for i in range(5)]
+    table = pa.table({"n": range(5), "i": pa.array(names, pa.string())})
+    batches = table.replace_schema_metadata({b"folder": str(tmp_path).encode()}).to_batches(max_chunksize=2)
+    found = cells_of(task, iter(batches), np.array([4, 0, 3]), ["n", "i"])
+    assert found.to_pydict() == {"n": [4, 0, 3], "i": [str(tmp_path / "4.png"), None, str(tmp_path / "3.png")]}
+
+
+def test_files_that_are_gone_are_told(tmp_path: Path) -> None:
+    task = Task("t", str(tmp_path / "gone.csv"), Target(("y",), "classification"), inputs=(Input("x", "number"),))
+    known = known_rows(FittedTask(task, ("a", "b")))
+    assert len(known.digests) == 0
+    assert known.unread is not None
+    assert "gone.csv" in known.unread
 
 
 WINE = "alcohol,acid,hue,style"
