@@ -39,6 +39,7 @@ def predict_file(
     *,
     format: str | None = None,
     keep: Sequence[str] = (),
+    encoding: str | None = None,
 ) -> int:
     """Predicts a task for every row of a file, in bounded memory.
 
@@ -48,6 +49,7 @@ def predict_file(
         format: csv, jsonl or parquet; by default the output's ending tells, else csv.
         keep: columns of the source that are put first in the output. A prediction of the same name becomes
             `predicted_<name>`.
+        encoding: of a text file; by default its byte order mark decides, else UTF-8.
 
     Returns:
         The number of rows.
@@ -61,7 +63,7 @@ def predict_file(
     if kind not in FORMATS:
         raise unknown("output format", kind, FORMATS, where="--format")
     count = 0
-    with opened(str(source)) as (reader, folder), written(target) as file:
+    with opened(str(source), encoding) as (reader, folder), written(target) as file:
         writer = WRITERS[kind](file)
         for batch in chosen(model, task, reader, keep):
             table = predict(model, task, batch, folder=folder or _folder(batch))
@@ -72,20 +74,21 @@ def predict_file(
 
 
 @contextmanager
-def opened(source: str) -> Iterator[tuple[Reader, str | None]]:
+def opened(source: str, encoding: str | None = None) -> Iterator[tuple[Reader, str | None]]:
     """The reader of a file, and where relative paths start if that is not the file's folder.
 
     Standard input is first copied to a temporary file: formats are told by their first bytes, and errors name lines.
     """
     if source != "-":
-        yield open_reader(source, rows_per_batch=ROWS_AT_ONCE), None
+        yield open_reader(source, rows_per_batch=ROWS_AT_ONCE, encoding=encoding), None
         return
     with tempfile.TemporaryDirectory(prefix="pathways-") as folder:
         path = Path(folder) / "stdin"
         with path.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         try:
-            yield open_reader(str(path), format=format_of(path), rows_per_batch=ROWS_AT_ONCE), str(Path.cwd())
+            kind = format_of(path)
+            yield open_reader(str(path), format=kind, rows_per_batch=ROWS_AT_ONCE, encoding=encoding), str(Path.cwd())
         except UserError as error:
             where = (error.where or "").replace(str(path), "standard input") or None
             raise UserError(error.problem, where=where, expected=error.expected, got=error.got, fix=error.fix) from None
@@ -221,7 +224,7 @@ def written(target: Path | None) -> Iterator[IO[bytes]]:
         partial.replace(target)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError("the predictions cannot be written", where=str(target), got=reason) from error
+        raise UserError("the output cannot be written", where=str(target), got=reason) from error
     finally:
         partial.unlink(missing_ok=True)
 

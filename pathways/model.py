@@ -178,6 +178,12 @@ class Model:
 
         return evaluate(self, [tasks] if isinstance(tasks, str) else tasks, split, **options)
 
+    def suggest(self, task: str, pool: Any, n: int = 50, **options: Any) -> Any:
+        """The rows of a pool whose labels would help a task most, see `pathways.suggesting.suggest`."""
+        from pathways.suggesting.suggest import suggest
+
+        return suggest(self, task, pool, n, **options)
+
     def layout(
         self,
         entries: Sequence[TaskEntry],

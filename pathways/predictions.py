@@ -86,12 +86,14 @@ def predict_examples(
     examples: Mapping[str, Examples],
     *,
     counted: Callable[[Any], None] | None = None,
+    embedded: Callable[[np.ndarray], None] | None = None,
 ) -> dict[str, Predicted]:
     """Runs examples of several tasks, rows of tasks with the same kinds of input in one batch.
 
     Args:
         examples: task -> its examples.
         counted: takes the routing counters (per routed layer, on the device) of each batch.
+        embedded: takes the pooled rows `[n, D]` of each batch's examples; those of one task come in their order.
     """
     by_streams: dict[frozenset[str], list[str]] = {}
     for task in examples:
@@ -99,12 +101,16 @@ def predict_examples(
         by_streams.setdefault(streams, []).append(task)
     results: dict[str, Predicted] = {}
     for streams, tasks in by_streams.items():
-        results.update(_run_group(sub, streams, {task: examples[task] for task in tasks}, counted))
+        results.update(_run_group(sub, streams, {task: examples[task] for task in tasks}, counted, embedded))
     return {task: results[task] for task in examples}
 
 
 def _run_group(
-    sub: SubModel, streams: frozenset[str], examples: Mapping[str, Examples], counted: Callable[[Any], None] | None
+    sub: SubModel,
+    streams: frozenset[str],
+    examples: Mapping[str, Examples],
+    counted: Callable[[Any], None] | None,
+    embedded: Callable[[np.ndarray], None] | None,
 ) -> dict[str, Predicted]:
     flat = [(task, i) for task, items in examples.items() for i in range(len(items))]
     found: dict[str, list[Any]] = {task: [] for task in examples}
@@ -115,6 +121,8 @@ def _run_group(
         out = sub.run(batch, statistics=counted is not None)
         if counted is not None:
             counted(sub.count(out))
+        if embedded is not None:
+            embedded(np.asarray(jax.device_get(out.pooled))[: len(held)])
         rows = _rows(sub, batch, jax.device_get((out.logits, out.token_logits)), held)
         for number, row in zip(np.asarray(batch["task"]), rows, strict=False):  # it may have room for more
             found[sub.names[number]].append(row)

@@ -244,6 +244,21 @@ def test_predict_writes_every_row_in_order(
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_file_in_another_encoding_is_read_as_said(
+    tiny_model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, rows = tmp_path / "old.csv", "alcohol,acid,hue,style,café\n1,2,3,dry,\n2,2,3,sweet,\n"
+    path.write_bytes(rows.encode("latin-1"))
+    for words in (
+        ["predict", tiny_model.path, "wine", str(path)],
+        ["suggest", tiny_model.path, "wine", "--pool", str(path)],
+    ):
+        assert main(words) == 2
+        assert "--encoding latin-1" in capsys.readouterr().err
+        assert main([*words, "--keep", "café", "--encoding", "latin-1", "--format", "csv"]) == 0
+        assert "café" in capsys.readouterr().out.splitlines()[0]
+
+
 def test_predict_formats_agree(tiny_model: Model, data: Path, tmp_path: Path) -> None:
     source = str(data / "price-test.csv")
     for ending in ("csv", "jsonl", "parquet"):

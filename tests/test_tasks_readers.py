@@ -296,7 +296,8 @@ def test_folder_without_images_points_one_deeper(tmp_path):
 
 
 def test_unknown_ending_and_format(tmp_path):
-    refused(write(tmp_path / "a.xlsx", b"x"), ".xlsx", "format")
+    refused(write(tmp_path / "a.XLSX", b"x"), ".xlsx", "format", "save the sheet as CSV")
+    refused(write(tmp_path / "a.dat", b"x"), ".dat", "give it such an ending")
     refused(write(tmp_path / "a.txt", "a\n1\n"), "did you mean 'csv'", format="csvv")
     assert table(tmp_path / "a.txt", format="csv") == {"a": ["1"]}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pathways import report
+from pathways.cli.suggestions import run_suggest
 
 Command = Callable[[Namespace], int | None]
 
@@ -134,7 +135,8 @@ def run_predict(args: Namespace) -> None:
 
     set_up_jax()
     model = _open(args)
-    count = predict_file(model, args.task, args.file, args.output, format=args.format, keep=args.keep)
+    options = {"format": args.format, "keep": args.keep, "encoding": args.encoding}
+    count = predict_file(model, args.task, args.file, args.output, **options)
     if args.output not in (None, "-"):
         print(f"{report.integer(count)} rows in {args.output}", file=sys.stderr)
 
@@ -273,6 +275,7 @@ COMMANDS: dict[str, Command] = {
     "undo": run_undo,
     "predict": run_predict,
     "eval": run_eval,
+    "suggest": run_suggest,
     "tasks": run_tasks,
     "show": run_show,
     "stats": run_stats,

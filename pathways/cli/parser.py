@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pathways.cli.overrides import read_fields
+from pathways.cli.suggestions import add_suggest
 from tasks.check import nearest, unknown
 from tasks.errors import UserError
 
@@ -114,6 +115,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         _undo,
         _predict,
         _eval,
+        add_suggest,
         _tasks,
         _show,
         _stats,
@@ -250,7 +252,8 @@ def _predict(command: Any) -> None:
     parser.add_argument("file", metavar="FILE", help="the rows, or - for standard input")
     parser.add_argument("-o", "--output", metavar="OUT", help="a file; standard output by default")
     formats = ("csv", "jsonl", "parquet")
-    parser.add_argument("--format", choices=formats, help="by the ending of OUT, else csv")
+    parser.add_argument("--format", choices=formats, help="of the output; by the ending of OUT, else csv")
+    parser.add_argument("--encoding", help="of a text file; UTF-8 by default")
     parser.add_argument(
         "--keep", action="append", default=[], metavar="COL", help="put this input column first; repeat"
     )

@@ -40,6 +40,9 @@ ENDINGS = {
     ".conllu": "conllu",
 }
 
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+"""Endings of what people have where they were asked for a CSV."""
+
 
 class Reader:
     """One file, several files of one format, or a folder, read as batches; made by `open_reader`.
@@ -150,7 +153,9 @@ def format_of(path: str) -> str:
             where=path,
             expected=f"an ending such as {listing(ENDINGS)}",
             got=ending or "no ending",
-            fix=f"say the format: one of {listing(FORMATS)}",
+            fix="save the sheet as CSV, and give that"
+            if ending.lower() in SPREADSHEETS
+            else f"give it such an ending; a configuration may say the format too: one of {listing(FORMATS)}",
         )
     return ENDINGS[ending]
 
