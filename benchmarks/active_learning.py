@@ -168,7 +168,6 @@ def draw(out: Path, split: str, seeds: int, path: Path) -> None:
     panels[0][0].set_ylabel(f"accuracy, {split} split")
     panels[0][0].legend(frameon=False, fontsize=8)
     save_picture(figure, path, "Accuracy against labels, suggested rows and random ones")
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:

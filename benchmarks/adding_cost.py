@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tasks.cache import EncodedSplit
     from tasks.fitted import FittedTask
 
-LAYERS, WIDTH, HIDDEN, ROWS = 2, 64, 128, 512
+LAYERS, ROWS = 2, 512
 PATHWAY, FRESH = 16, 2
 WARM_UP, BATCHES = 3, 4
 TASK = "added"
@@ -50,7 +50,8 @@ def make(args: argparse.Namespace) -> Row:
     from pathways.training.joint import commit, prepare
     from pathways.training.loop import Progress
 
-    config = make_config(args.folder / "data", args.experts, rows=ROWS, layers=LAYERS, width=WIDTH, hidden=HIDDEN)
+    sizes = {"width": args.width, "hidden": args.hidden}
+    config = make_config(args.folder / "data", args.experts, rows=ROWS, layers=LAYERS, **sizes)
     prepared = prepare(config)
     sub = initial_submodel(config, prepared.entries, prepared.layout, prepared.tokenizer, 0)
     commit(prepared, sub, Progress(), args.folder / "model")
@@ -163,7 +164,8 @@ ROLES: dict[str, Callable[[argparse.Namespace], Row]] = {"make": make, "step": s
 
 def run(args: argparse.Namespace, role: str, experts: int) -> Row:
     """One role in a process of its own."""
-    words = ("--one", role, "--experts", experts, "--steps", args.steps, "--folder", args.folder / str(experts))
+    words = ["--one", role, "--experts", experts, "--width", args.width, "--hidden", args.hidden]
+    words += ["--steps", args.steps, "--folder", args.folder / str(experts)]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(args.folder / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return child("benchmarks.adding_cost", *words, environment=cache)
 
@@ -205,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--whole", type=int, default=1024, help="experts of the model that is trained whole")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20, help="timed in each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rehearsals", type=int, default=1, help="rounds before those that count")
@@ -221,13 +225,11 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(ROLES[args.one](args)))
         return
     if args.quick:
-        args.experts, args.steps, args.rounds, args.rehearsals = [128, 1024], 20, 1, 0
+        args.experts, args.width, args.hidden, args.rounds, args.rehearsals = [128, 1024], 64, 128, 1, 0
     with TemporaryDirectory(dir=args.folder) as made:
         args.folder = Path(made)
         lines = table(args)
-    print(
-        f"{LAYERS} layers, width {WIDTH}, experts of {HIDDEN}; {PATHWAY} experts in the pathway, {FRESH} of them fresh"
-    )
+    print(f"{LAYERS} layers, width {args.width}, experts of {args.hidden}, {ROWS} tokens; {PATHWAY} in the pathway")
     print_table(lines)
     write_json(args.json, lines)
 

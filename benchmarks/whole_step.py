@@ -215,9 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     with TemporaryDirectory() as made:
         args.cache = Path(made)
         lines = table(args)
-        print(
-            f"{LAYERS} layers, width {args.width}, experts of {args.hidden}, K = 2; {args.rounds} x {args.steps} steps"
-        )
+        print(f"{args.layers} layers, width {args.width}, experts of {args.hidden}; {args.rounds} x {args.steps} steps")
         print_table(lines)
         found: dict[str, list[Row]] = {"sizes": lines}
         if args.ablate:
