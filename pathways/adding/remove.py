@@ -10,7 +10,7 @@ import numpy as np
 from pathways.adding.commit import bank_of
 from pathways.adding.protect import Allowed, check
 from pathways.adding.search import free_experts
-from pathways.model import STORE, Model, beside, open_for_writing, row_chunked
+from pathways.model import STORE, Model, beside, manifest_with, open_for_writing, row_chunked
 from pathways.pathway import Experts, encoder_names, gate_names, head_names, private
 from pathways.store import Changes, Store, Version
 from tasks.errors import UserError
@@ -33,7 +33,8 @@ def remove_task(model_path: str | os.PathLike[str], name: str) -> Version:
         for number, layer in zip(model.routed_layers, freed, strict=True)
         for kind, index in layer.items()
     }
-    changes = Changes(remove=names, documents={"manifest": shrunk_manifest(model, name, freed)})
+    pages, manifest = shrunk_manifest(model, name, freed)
+    changes = Changes(remove=names, documents={**pages, "manifest": manifest})
     for bank in model.view.names("banks/"):
         layer, kind = bank_of(bank)
         index = rows.get(f"layer{layer}/{kind}", ())
@@ -69,7 +70,7 @@ def private_names(model: Model, name: str) -> list[str]:
     """Components of one task alone, each by its whole name: `a` may be removed while `a/b` stays."""
     pathway = model.entry(name).pathway
     names = [f"tasks/{name}", f"cards/{name}", *head_names(name)]
-    others = [model.entry(task).pathway for task in model.tasks if task != name]
+    others = [line for line in model.catalogue.lines() if line.task != name]
     if pathway.norms == private(name) and all(p.norms != pathway.norms for p in others):
         names.append(f"norms/{pathway.norms}")
     if pathway.gate == private(name) and all(p.gate != pathway.gate for p in others):
@@ -82,8 +83,8 @@ def private_names(model: Model, name: str) -> list[str]:
 
 def freed_experts(model: Model, name: str) -> tuple[Experts, ...]:
     """Per routed layer, the experts that the task owns and no other task's gate can choose."""
-    others = {model.entry(task).pathway.gate for task in model.tasks if task != name}
-    used = [model.gate(gate).candidates for gate in others]
+    others = {line.gate for line in model.catalogue.lines() if line.task != name}
+    used = [spec.candidates for spec in model.gates(sorted(others)).values()]
     freed = []
     for layer, owned in enumerate(model.entry(name).pathway.owned):
         mine = {
@@ -94,13 +95,14 @@ def freed_experts(model: Model, name: str) -> tuple[Experts, ...]:
     return tuple(freed) or tuple({} for _ in model.bank_sizes)
 
 
-def shrunk_manifest(model: Model, name: str, freed: tuple[Experts, ...]) -> dict[str, Any]:
-    """The manifest without the task, its experts' places free."""
+def shrunk_manifest(model: Model, name: str, freed: tuple[Experts, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Changed pages of the catalogue, and the manifest without the task, its experts' places free."""
     free = []
     for known, new in zip(free_experts(model), freed, strict=True):
         kinds = dict.fromkeys([*known, *new])
         free.append({kind: sorted({*known.get(kind, ()), *new.get(kind, ())}) for kind in kinds})
-    return {**model.manifest, "tasks": [task for task in model.tasks if task != name], "free": free}
+    pages, head = model.catalogue.changed(remove=[name])
+    return pages, manifest_with(model, catalogue=head, free=free)
 
 
 def _rows(model: Model, layers: Any) -> dict[str, list[int]]:

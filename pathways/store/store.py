@@ -202,6 +202,7 @@ class Store(View):
                     "removed": stage.removed - stage.written,
                 }
                 done = Version(self.version + 1, now(), message, self.version, summary(written, stage.size), generation)
+                stage.write("format", encode_json({"format": FORMAT, "version": FORMAT_VERSION}))
                 stage.write("head", encode_json({"number": done.number}), if_equal=condition)
                 stage.write(log_key(done.number), encode_version(done))
                 with plain_errors(self.path, f"committing {message!r}"):
