@@ -179,15 +179,16 @@ def check_logits(old: Model, new: Model, group: Group) -> None:
     place = np.array([kept.index(name) if name in kept else -1 for name in names], np.int32)
     task = np.where(batch["task"] >= 0, place[batch["task"]], -1).astype(np.int32)
     batch = {**batch, "task": task}
-    shown = task >= 0
-    tokens = (batch["segment"] > 0) & shown[np.maximum(batch["segment"] - 1, 0)]
-    before, after = (_logits(model.submodel(kept), batch, shown, tokens) for model in (old, new))
+    before, after = (probe_logits(model.submodel(kept), batch) for model in (old, new))
     for was, now in zip(before, after, strict=True):
         if was.tobytes() != now.tobytes():
             raise _broken(f"the logits of {', '.join(kept[:5])} on stored probe rows would be others")
 
 
-def _logits(sub: SubModel, batch: dict[str, Any], shown: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+def probe_logits(sub: SubModel, batch: dict[str, Any]) -> list[np.ndarray]:
+    """The logits of a batch's examples that have a task, and where some tag words, those of their tokens."""
+    shown = batch["task"] >= 0
+    tokens = (batch["segment"] > 0) & shown[np.maximum(batch["segment"] - 1, 0)]
     out = sub.run(batch)
     found = [np.asarray(out.logits)[shown]]
     return found if out.token_logits is None else [*found, np.asarray(out.token_logits)[tokens]]
