@@ -7,7 +7,7 @@ A small model is trained, a task added, and that pathway multiplied through the 
 its own norms, gate, head, rows of encoders, card, probe and two experts in each routed layer, all of other values,
 so that at 10,000 tasks a layer has 20,000 experts. Each size is measured in a process of its own, after one
 addition to warm up: the whole of `add_task` less its retrieval, and of it the commit, which meets the model's size
-(open, check the old tasks, write). Bytes are what the process asked the system to read and write. `--experts`
+(open, check the old tasks, write). Bytes read are of the model, bytes written all, as asked of the system. `--experts`
 instead varies the experts that a layer is trained with, from 16 to 4,096.
 """
 
@@ -42,7 +42,9 @@ MB = 1e6
 BULK = 500
 """Tasks of one bulk commit."""
 STEPS = 60
-COLUMNS = ("whole s", "retrieval s", "store s", "memory MB", "read MB", "written MB")
+COLUMNS = ("whole s", "retrieval s", "commit s", "memory MB", "read MB", "written MB")
+READERS = ("reference_submodel", "touched", "prepare", "fingerprint", "commit")
+"""What of an addition reads the model, beside the retrieval; the rest reads data and compiled programs."""
 
 
 def clouds(folder: Path, name: str, seed: int, rows: int = 240) -> Task:
@@ -64,7 +66,7 @@ def first_model(folder: Path, experts: int) -> Path:
     from pathways.training.joint import train
 
     config = Config(
-        model=ModelConfig(width=64, layers=2, heads=2, hidden=64, experts={"mlp": experts}, gate=GateOptions(top_k=2)),
+        model=ModelConfig(width=64, layers=2, heads=2, hidden=256, experts={"mlp": experts}, gate=GateOptions(top_k=2)),
         encoders=EncoderSettings(vocab_size=512, max_length=32),
         train=TrainConfig(steps=20, rows=4, eval_every=10, log_every=10, checkpoint_every=20),
         tasks=tuple(clouds(folder / "data", f"joint{i}", i) for i in range(3)),
@@ -197,13 +199,14 @@ def measure(path: Path, repeats: int) -> list[dict[str, float]]:
     task = clouds(path.parent / "data", "arrival", 99)
     found = []
     for turn in range(repeats + 1):
-        retrieval, commit, whole = Meter(), Meter(), Meter()
+        retrieval, commit, reading, whole = Meter(), Meter(), Meter(), Meter()
         back = [metered(add, "choose", retrieval), metered(add, "commit", commit)]
+        back += [metered(add, name, reading) for name in READERS]
         forget_peak()
         with whole:
             add_task(path, task, steps=STEPS, quiet=True)
         memory = peak()
-        for one in back:
+        for one in reversed(back):
             one()
         undo(path)
         if turn:
@@ -211,9 +214,9 @@ def measure(path: Path, repeats: int) -> list[dict[str, float]]:
                 {
                     "whole s": whole.seconds - retrieval.seconds,
                     "retrieval s": retrieval.seconds,
-                    "store s": commit.seconds,
+                    "commit s": commit.seconds,
                     "memory MB": memory,
-                    "read MB": (whole.read - retrieval.read) / MB,
+                    "read MB": reading.read / MB,
                     "written MB": (whole.written - retrieval.written) / MB,
                 }
             )
@@ -235,7 +238,7 @@ def draw(path: Path, label: str, table: dict[int, dict[str, list[float]]]) -> No
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     sizes = list(table)
-    for name in ("whole s", "store s", "memory MB", "read MB", "written MB"):
+    for name in ("whole s", "commit s", "memory MB", "read MB", "written MB"):
         values = [statistics.median(table[size][name]) for size in sizes]
         axes.plot(sizes, [value / values[0] for value in values], marker="o", label=name.rpartition(" ")[0])
     axes.axhline(1.1, color="0.6", linestyle="--", linewidth=1)

@@ -290,14 +290,18 @@ def log_rows(model: Model) -> tuple[list[report.Column], list[list[Any]]]:
         report.Column("version", "integer"),
         report.Column("time (UTC)"),
         report.Column("from", "integer"),
+        report.Column("name"),
         report.Column("message"),
         report.Column("changes"),
         report.Column("bytes", "bytes"),
     ]
     rows = []
-    for version in Store.open(beside(model.path, STORE)).log():
+    store = Store.open(beside(model.path, STORE))
+    names = store.pins().items()
+    for version in store.log():
         counts = version.changes.get("counts", {})
         done = [f"{counts[sort]} {sort}" for sort in ("written", "appended", "removed") if counts.get(sort)]
         time, size = version.time.strftime("%Y-%m-%d %H:%M"), version.changes.get("bytes", 0)
-        rows.append([version.number, time, version.parent, version.message, ", ".join(done), size])
+        pins = ", ".join(name for name, number in names if number == version.number) or None
+        rows.append([version.number, time, version.parent, pins, version.message, ", ".join(done), size])
     return columns, rows

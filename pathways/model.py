@@ -65,8 +65,8 @@ class Model:
         self._submodels: OrderedDict[tuple[str, ...], SubModel] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], version: int | None = None) -> Model:
-        """Opens the newest version, or an older one, for reading.
+    def open(cls, path: str | os.PathLike[str], version: int | str | None = None) -> Model:
+        """Opens the newest version, or an older one by its number or name, for reading.
 
         Raises:
             UserError: there is no model there, it is of a newer format, or it has no such version.

@@ -47,15 +47,16 @@ def remove_task(model_path: str | os.PathLike[str], name: str) -> Version:
     return store.commit(changes, f"removed task {name}", row_chunked=row_chunked, check=protect)
 
 
-def undo(model_path: str | os.PathLike[str], to: int | None = None) -> Version:
-    """Makes the content of version `to`, by default the one before the newest, the newest version.
+def undo(model_path: str | os.PathLike[str], to: int | str | None = None) -> Version:
+    """Makes the content of version `to` (its number or name; by default the one before the newest) the newest version.
 
     Raises:
         UserError: no such version, or one that holds no model: the store is empty until training commits.
     """
     store = Store.open(beside(model_path, STORE), mode="w")
     parents = {version.number: version.parent for version in store.log()}
-    target = parents[store.version] if to is None else to
+    given = Store.open(store.path, to).version if isinstance(to, str) else to
+    target = parents[store.version] if given is None else given
     if target is not None and not store.at(target).has("manifest"):
         raise UserError(
             "There is no model to go back to in that version.",
@@ -63,7 +64,7 @@ def undo(model_path: str | os.PathLike[str], to: int | None = None) -> Version:
             expected="a version that a commit of a model made: `pathways log` lists them",
             got=f"version {target}, which is from before the model was trained",
         )
-    return store.undo() if to is None else store.revert(to, f"back to version {target}")
+    return store.undo() if given is None else store.revert(given, f"back to version {target}")
 
 
 def private_names(model: Model, name: str) -> list[str]:
@@ -82,17 +83,21 @@ def private_names(model: Model, name: str) -> list[str]:
 
 
 def freed_experts(model: Model, name: str) -> tuple[Experts, ...]:
-    """Per routed layer, the experts that the task owns and no other task's gate can choose."""
+    """Per routed layer, the added experts that this task's gate can choose, or that it owns, and no other task's can.
+
+    Those that joint training made stay. One that was made for another task, which is gone, goes with its last user.
+    """
     others = {line.gate for line in model.catalogue.lines() if line.task != name}
     used = [spec.candidates for spec in model.gates(sorted(others)).values()]
+    pathway, trained = model.entry(name).pathway, model.config.model.experts
     freed = []
-    for layer, owned in enumerate(model.entry(name).pathway.owned):
-        mine = {
-            kind: tuple(i for i in index if all(i not in spec[layer].get(kind, ()) for spec in used))
-            for kind, index in owned.items()
-        }
-        freed.append({kind: index for kind, index in mine.items() if index})
-    return tuple(freed) or tuple({} for _ in model.bank_sizes)
+    for layer, candidates in enumerate(model.gate(pathway.gate).candidates):
+        owned = pathway.owned[layer] if pathway.owned else {}
+        mine = {kind: {*candidates.get(kind, ()), *owned.get(kind, ())} for kind in {**candidates, **owned}}
+        taken = {kind: {i for spec in used for i in spec[layer].get(kind, ())} for kind in mine}
+        left = {kind: [i for i in index - taken[kind] if i >= trained.get(kind, 0)] for kind, index in mine.items()}
+        freed.append({kind: tuple(sorted(index)) for kind, index in left.items() if index})
+    return tuple(freed)
 
 
 def shrunk_manifest(model: Model, name: str, freed: tuple[Experts, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

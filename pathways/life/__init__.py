@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathways.life.collect import collect
+    from pathways.life.ancestry import Lineage, lineage
     from pathways.life.cost import Marginal, marginal
-    from pathways.life.diff import Difference, diff
-    from pathways.life.lineage import Lineage, lineage
+    from pathways.life.difference import Difference, diff
+    from pathways.life.garbage import collect
     from pathways.life.names import copy_task, rename_task
     from pathways.life.removal import Removal, plan_removal
     from pathways.life.users import Use, who_uses
@@ -34,15 +34,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "Difference": "diff",
-    "Lineage": "lineage",
+    "Difference": "difference",
+    "Lineage": "ancestry",
     "Marginal": "cost",
     "Removal": "removal",
     "Use": "users",
-    "collect": "collect",
+    "collect": "garbage",
     "copy_task": "names",
-    "diff": "diff",
-    "lineage": "lineage",
+    "diff": "difference",
+    "lineage": "ancestry",
     "marginal": "cost",
     "plan_removal": "removal",
     "rename_task": "names",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pathways.life.lineage import Lineage, Part
+from pathways.life.ancestry import Lineage, Part
 from pathways.plots import LINES, style
 from tasks.errors import UserError
 
