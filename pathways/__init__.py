@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathways.evaluation import Evaluation, evaluate
     from pathways.inference import predict, predict_many
     from pathways.inference_files import predict_file
-    from pathways.life import copy_task, diff, lineage, rename_task, who_uses
+    from pathways.life import copy_task, diff, lineage, rename_task, update_task, who_uses
     from pathways.model import Model
     from pathways.report import Card
     from pathways.statistics.reader import Statistics
@@ -71,6 +71,7 @@ __all__ = [
     "stats",
     "train",
     "undo",
+    "update_task",
     "who_uses",
 ]
 
@@ -107,6 +108,7 @@ _HOME = {
     "reuse_memory": "pathways.allocator",
     "train": "pathways.training.joint",
     "undo": "pathways.adding",
+    "update_task": "pathways.life",
     "who_uses": "pathways.life",
 }
 """Where each name comes from. No module of this package may be called like one of them: it would hide the name."""

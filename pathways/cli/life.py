@@ -19,7 +19,7 @@ def add_life(command: Callable[..., Any]) -> None:
     Args:
         command: `(name, summary, text, example) -> parser`, as in `pathways.cli.parser.build`.
     """
-    for add in (_copy, _rename, _lineage, _who_uses, _diff, _pin, _collect):
+    for add in (_update, _copy, _rename, _lineage, _who_uses, _diff, _pin, _collect):
         add(command)
 
 
@@ -27,6 +27,28 @@ def _model(parser: Any, at: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", help="the model's folder, or a gs:// or s3:// URL")
     if at:
         parser.add_argument("--at", type=version, metavar="VERSION", help="a version's number or name")
+
+
+def _update(command: Callable[..., Any]) -> None:
+    parser = command(
+        "update",
+        "train a task on with more rows",
+        """
+        Goes on training a task that was added, from where it stands: only what is its own moves. The card says the
+        score before and after on the same held rows; a worse one is refused. It learns from these rows alone: a
+        glob that matches the old file, too, has it learn from both.
+        """,
+        "pathways update runs/demo spam --data 'spam-*.csv' --test spam-test.csv",
+    )
+    _model(parser)
+    parser.add_argument("task", metavar="TASK")
+    parser.add_argument("--data", required=True, metavar="FILE", help="its new rows: a file, a folder or a glob")
+    parser.add_argument("--valid", metavar="FILE", help="validation rows; the task's own file, or cut from the data")
+    parser.add_argument("--test", metavar="FILE", help="held rows; the task's own file, or cut from the data")
+    parser.add_argument("--steps", type=int, metavar="N", help="training steps; by the number of rows by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the training [0]")
+    parser.add_argument("--force", action="store_true", help="commit it even if it is worse")
+    parser.add_argument("--quiet", action="store_true", help="print no progress; the card is printed all the same")
 
 
 def _copy(command: Callable[..., Any]) -> None:

@@ -14,6 +14,17 @@ MOST = 30
 """Lines of one kind that a difference shows as text; JSON has all."""
 
 
+def run_update(args: Namespace) -> None:
+    from pathways.cli.commands import set_up_jax
+    from pathways.life import update_task
+
+    set_up_jax()
+    options = {name: getattr(args, name) for name in ("valid", "test", "steps", "seed", "force", "quiet")}
+    card = update_task(args.model, args.task, args.data, **options)
+    if args.quiet:
+        card.render()
+
+
 def run_copy(args: Namespace) -> None:
     from pathways.cli.commands import set_up_jax
     from pathways.life import copy_task
@@ -143,6 +154,7 @@ def _json(content: object) -> None:
 
 
 COMMANDS = {
+    "update": run_update,
     "copy": run_copy,
     "rename": run_rename,
     "lineage": run_lineage,

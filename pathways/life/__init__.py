@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathways.life.garbage import collect
     from pathways.life.names import copy_task, rename_task
     from pathways.life.removal import Removal, plan_removal
+    from pathways.life.update import update_task
     from pathways.life.users import Use, who_uses
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "marginal",
     "plan_removal",
     "rename_task",
+    "update_task",
     "who_uses",
 ]
 
@@ -46,6 +48,7 @@ _HOME = {
     "marginal": "cost",
     "plan_removal": "removal",
     "rename_task": "names",
+    "update_task": "update",
     "who_uses": "users",
 }
 
