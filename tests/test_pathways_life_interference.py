@@ -68,7 +68,7 @@ def live(path: Path, steps: int, seed: int, look: int) -> None:
     """So many random changes; every `look` of them, and at the end, all tasks are compared with what is known."""
     rng = np.random.default_rng(seed)
     model = Model.open(path)
-    known: State = state_of(model, OLD)
+    known: State = state_of(model, model.tasks)
     assert model.version is not None
     history: dict[int, State] = {model.version: known}
     for step in range(steps):
@@ -80,7 +80,7 @@ def live(path: Path, steps: int, seed: int, look: int) -> None:
             wanted = "add"
         if wanted == "add" and len(others) >= MOST:
             wanted = "remove"
-        task, new = str(rng.choice(others)) if others else "", f"t{step:04d}"
+        task, new = str(rng.choice(others)) if others else "", f"t{seed}.{step:04d}"
         known, fresh = dict(known), ""
         if wanted == "add":
             add_untrained(path, new, seed=step, new_experts=int(rng.integers(3)))
