@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathways.evaluation import Evaluation, evaluate
     from pathways.inference import predict, predict_many
     from pathways.inference_files import predict_file
+    from pathways.life import copy_task, diff, lineage, rename_task, update_task, who_uses
     from pathways.model import Model
     from pathways.report import Card
     from pathways.statistics.reader import Statistics
@@ -54,7 +55,10 @@ __all__ = [
     "UserError",
     "Version",
     "add_task",
+    "copy_task",
+    "diff",
     "evaluate",
+    "lineage",
     "load_config",
     "lr_find",
     "open",
@@ -62,10 +66,13 @@ __all__ = [
     "predict_file",
     "predict_many",
     "remove_task",
+    "rename_task",
     "reuse_memory",
     "stats",
     "train",
     "undo",
+    "update_task",
+    "who_uses",
 ]
 
 _HOME = {
@@ -87,16 +94,22 @@ _HOME = {
     "UserError": "tasks.errors",
     "Version": "pathways.store",
     "add_task": "pathways.adding",
+    "copy_task": "pathways.life",
+    "diff": "pathways.life",
     "evaluate": "pathways.evaluation",
+    "lineage": "pathways.life",
     "load_config": "pathways.config",
     "lr_find": "pathways.training.lr_find",
     "predict": "pathways.inference",
     "predict_file": "pathways.inference_files",
     "predict_many": "pathways.inference",
     "remove_task": "pathways.adding",
+    "rename_task": "pathways.life",
     "reuse_memory": "pathways.allocator",
     "train": "pathways.training.joint",
     "undo": "pathways.adding",
+    "update_task": "pathways.life",
+    "who_uses": "pathways.life",
 }
 """Where each name comes from. No module of this package may be called like one of them: it would hide the name."""
 
@@ -115,8 +128,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def open(path: str | os.PathLike[str], version: int | None = None) -> Model:
-    """Opens a model for reading: its newest version, or an older one (`pathways log` lists them).
+def open(path: str | os.PathLike[str], version: int | str | None = None) -> Model:
+    """Opens a model for reading: its newest version, or an older one by number or name (`pathways log` lists them).
 
     Raises:
         UserError: there is no model, or no such version.

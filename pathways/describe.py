@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from experts.compute import choose_backend
 from pathways import report
+from pathways.life.cost import marginal, operations
 from pathways.model import STORE, Model, beside
 from pathways.pathway import encoder_names, gate_names, head_names, private
 from pathways.store import Store
@@ -98,10 +99,11 @@ def task_rows(model: Model) -> tuple[list[report.Column], list[list[Any]]]:
         report.Column("origin"),
         report.Column("experts", "integer"),
         report.Column("private", "count"),
+        report.Column("operations", "count"),
     ]
     sizes, rows = Sizes(model), []
-    for name in model.tasks:
-        entry = model.entry(name)
+    for entry in model.entries():
+        name = entry.name
         metric, value = chief_metric(model, name)
         task = entry.fitted.task
         rows.append(
@@ -115,6 +117,7 @@ def task_rows(model: Model) -> tuple[list[report.Column], list[list[Any]]]:
                 entry.pathway.origin,
                 experts_used(model, entry),
                 sizes.private(entry),
+                operations(model, entry),
             ]
         )
     return columns, rows
@@ -134,7 +137,7 @@ def compact(rows: list[list[Any]]) -> tuple[list[report.Column], list[list[Any]]
         report.Column("private", "count"),
     ]
     scores = [f"{row[4]} {report.number(row[5])}" if row[4] else None for row in rows]
-    shown = [[*row[:4], score, *[row[6]] * added, *row[7:]] for row, score in zip(rows, scores, strict=True)]
+    shown = [[*row[:4], score, *[row[6]] * added, *row[7:9]] for row, score in zip(rows, scores, strict=True)]
     return columns, shown
 
 
@@ -172,7 +175,7 @@ def experts_used(model: Model, entry: TaskEntry) -> int:
 def model_facts(model: Model) -> list[Pair]:
     """What `pathways show MODEL` says first."""
     config, sizes = model.config.model, Sizes(model)
-    entries = [model.entry(name) for name in model.tasks]
+    entries = model.entries()
     active = [sizes.active(entry) for entry in entries]
     own = sum(sizes.private(entry) for entry in entries)
     most, least = max(active, default=0), min(active, default=0)
@@ -198,7 +201,8 @@ def task_facts(model: Model, name: str) -> list[Pair]:
     entry, sizes = model.entry(name), Sizes(model)
     task, fitted, pathway = entry.fitted.task, entry.fitted, entry.pathway
     metric, value = chief_metric(model, name)
-    used_by = sum(1 for other in model.tasks if model.entry(other).pathway.gate == pathway.gate)
+    used_by = sum(line.gate == pathway.gate for line in model.catalogue.lines())
+    cost = marginal(model, name)
     facts = [
         ("kind", str(task.target.kind)),
         ("target", ", ".join(task.target.columns)),
@@ -209,7 +213,8 @@ def task_facts(model: Model, name: str) -> list[Pair]:
         ("loss, metrics", ", ".join([str(task.loss), *metric_names(fitted)])),
         (metric or "metric", report.show(value, "number")),
         ("active per row", report.count(sizes.active(entry))),
-        ("private", f"{report.count(sizes.private(entry))} parameters"),
+        ("private", f"{report.count(cost.parameters)} parameters, {report.size(cost.bytes)} on disk"),
+        ("operations per row", report.count(cost.operations)),
         ("encoders", pathway.encoders),
         ("norms", pathway.norms),
         ("gate", f"{pathway.gate}, of {used_by} task" + "s" * (used_by != 1)),
@@ -290,14 +295,18 @@ def log_rows(model: Model) -> tuple[list[report.Column], list[list[Any]]]:
         report.Column("version", "integer"),
         report.Column("time (UTC)"),
         report.Column("from", "integer"),
+        report.Column("name"),
         report.Column("message"),
         report.Column("changes"),
         report.Column("bytes", "bytes"),
     ]
     rows = []
-    for version in Store.open(beside(model.path, STORE)).log():
+    store = Store.open(beside(model.path, STORE))
+    names = store.pins().items()
+    for version in store.log():
         counts = version.changes.get("counts", {})
         done = [f"{counts[sort]} {sort}" for sort in ("written", "appended", "removed") if counts.get(sort)]
         time, size = version.time.strftime("%Y-%m-%d %H:%M"), version.changes.get("bytes", 0)
-        rows.append([version.number, time, version.parent, version.message, ", ".join(done), size])
+        pins = ", ".join(name for name, number in names if number == version.number) or None
+        rows.append([version.number, time, version.parent, pins, version.message, ", ".join(done), size])
     return columns, rows

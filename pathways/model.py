@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from pathways.assemble import Layout, Part, plan_network
+from pathways.catalogue import Catalogue
 from pathways.config import SECTIONS, Config
 from pathways.pathway import BASE, EncoderCopy, GateSpec, encoder_copy_from_json, gate_from_json, pathway_from_json
 from pathways.store import Changes, Store
@@ -30,6 +31,8 @@ from tasks.fitted import FittedTask
 from tasks.tokenizer import Tokenizer
 
 STORE, STATISTICS = "store", "statistics"
+TRAINED = "trained"
+"""The document with what joint training was given, by which a run that is started again is known."""
 FORMAT = 2
 """Version of the documents and of what the components mean; the store has one of its own."""
 KEPT = 4
@@ -62,8 +65,8 @@ class Model:
         self._submodels: OrderedDict[tuple[str, ...], SubModel] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], version: int | None = None) -> Model:
-        """Opens the newest version, or an older one, for reading.
+    def open(cls, path: str | os.PathLike[str], version: int | str | None = None) -> Model:
+        """Opens the newest version, or an older one by its number or name, for reading.
 
         Raises:
             UserError: there is no model there, it is of a newer format, or it has no such version.
@@ -110,10 +113,21 @@ class Model:
         """The tokenizer itself, which takes a while to parse."""
         return Tokenizer(self.tokenizer)
 
-    @property
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """Which tasks there are and what each runs on; read page by page."""
+        return Catalogue(self.view, self.manifest)
+
+    @cached_property
     def tasks(self) -> tuple[str, ...]:
-        """Names of all tasks, in the order they came."""
-        return tuple(self.manifest["tasks"])
+        """Names of all tasks, in the order they came; `has` asks for one without reading all."""
+        if "tasks" in self.manifest:
+            return tuple(self.manifest["tasks"])
+        return tuple(line.task for line in self.catalogue.lines())
+
+    def has(self, task: str) -> bool:
+        """Whether there is a task of this name."""
+        return bool(task) and self.view.has(f"tasks/{task}")
 
     @property
     def bank_sizes(self) -> list[dict[str, int]]:
@@ -130,17 +144,29 @@ class Model:
         if task not in self._entries:
             if not self.view.has(f"tasks/{task}"):
                 raise unknown("task", task, self.tasks, where=self.path)
-            found = self.view.document(f"tasks/{task}")
-            self._entries[task] = TaskEntry(
-                FittedTask.from_json(found["fitted"]), pathway_from_json(found["pathway"]), found["notes"]
-            )
+            self._entries[task] = entry_from_json(self.view.document(f"tasks/{task}"))
         return self._entries[task]
+
+    def entries(self, tasks: Sequence[str] | None = None) -> list[TaskEntry]:
+        """Several tasks (all by default), read together."""
+        names = self.tasks if tasks is None else tasks
+        missing = [name for name in names if name not in self._entries and self.has(name)]
+        for name, found in zip(missing, self.view.documents(f"tasks/{name}" for name in missing), strict=True):
+            self._entries[name] = entry_from_json(found)
+        return [self.entry(name) for name in names]
 
     def gate(self, name: str) -> GateSpec:
         """The candidates of a gate."""
         if name not in self._gates:
             self._gates[name] = gate_from_json(self.view.document(f"gates/{name}/candidates"))
         return self._gates[name]
+
+    def gates(self, names: Sequence[str]) -> dict[str, GateSpec]:
+        """The candidates of several gates, read together."""
+        missing = [name for name in names if name not in self._gates]
+        found = self.view.documents(f"gates/{name}/candidates" for name in missing)
+        self._gates.update((name, gate_from_json(one)) for name, one in zip(missing, found, strict=True))
+        return {name: self._gates[name] for name in names}
 
     def copied(self, encoders: str) -> EncoderCopy:
         """What of the encoders of this name is a copy of its own."""
@@ -214,9 +240,8 @@ class Model:
     def groups(self) -> dict[tuple[str, str], list[str]]:
         """Tasks that share norms and gate, and so one network."""
         found: dict[tuple[str, str], list[str]] = {}
-        for task in self.tasks:
-            pathway = self.entry(task).pathway
-            found.setdefault((pathway.norms, pathway.gate), []).append(task)
+        for line in self.catalogue.lines():
+            found.setdefault(line.group, []).append(line.task)
         return found
 
     def networks(self, tasks: Sequence[str]) -> list[tuple[str, ...]]:
@@ -253,10 +278,24 @@ def task_document(entry: TaskEntry) -> dict[str, Any]:
     return {"fitted": entry.fitted.to_json(), "pathway": entry.pathway.to_json(), "notes": entry.notes}
 
 
-def manifest_document(config: Config, tasks: Sequence[str], banks: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-    """The document that says what the model is."""
+def entry_from_json(found: Mapping[str, Any]) -> TaskEntry:
+    """The inverse of `task_document`."""
+    return TaskEntry(FittedTask.from_json(found["fitted"]), pathway_from_json(found["pathway"]), found["notes"])
+
+
+def manifest_document(config: Config, head: Mapping[str, Any], banks: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+    """The document that says what the model is.
+
+    Args:
+        head: what it says of the catalogue, see `pathways.catalogue`.
+    """
     sections = {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS}
-    return {"format": FORMAT, "config": sections, "tasks": list(tasks), "banks": [dict(b) for b in banks]}
+    return {"format": FORMAT, "config": sections, "catalogue": head, "banks": [dict(b) for b in banks]}
+
+
+def manifest_with(model: Model, **parts: Any) -> dict[str, Any]:
+    """The manifest with some parts replaced; it has a catalogue from then on, and no list of all tasks."""
+    return {**{key: value for key, value in model.manifest.items() if key != "tasks"}, **parts}
 
 
 def changes_for(

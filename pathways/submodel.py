@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,16 @@ from flax import nnx
 
 from pathways.assemble import Layout, Part, Path, by_layer, from_layers, read_arrays
 from pathways.config import BalanceOptions, Config
-from pathways.network.network import Network, Outputs, TaskTable
+from pathways.network.network import Network, NetworkSize, Outputs, TaskTable
 from pathways.network.routed import BalanceBias
 from pathways.pathway import Pathway
 from routing import counters
 from tasks.fitted import FittedTask
 from tasks.losses import LOSS_CODE
 from tasks.spec import LOSSES
+
+KEPT_SKELETONS = 64
+_SKELETONS: OrderedDict[tuple[str, str, NetworkSize], tuple[Any, Any]] = OrderedDict()
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,18 @@ def abstract_network(config: Config, layout: Layout) -> Any:
     return nnx.eval_shape(lambda: Network(config.model, config.encoders, layout.size, nnx.Rngs(0)))
 
 
+def skeleton(config: Config, layout: Layout) -> tuple[Any, Any]:
+    """Graph and state of the network without arrays; those of the last sizes are kept, as tracing takes a while."""
+    key = (repr(config.model), repr(config.encoders), layout.size)
+    if key not in _SKELETONS:
+        _SKELETONS[key] = nnx.split(abstract_network(config, layout))
+        if len(_SKELETONS) > KEPT_SKELETONS:
+            _SKELETONS.popitem(last=False)
+    _SKELETONS.move_to_end(key)
+    graph, state = _SKELETONS[key]
+    return graph, jax.tree.map(lambda leaf: leaf, state)  # a state of its own: the caller fills it
+
+
 def initial_submodel(
     config: Config, entries: Sequence[TaskEntry], layout: Layout, tokenizer: str, seed: int
 ) -> SubModel:
@@ -134,7 +150,7 @@ def read_submodel(
 ) -> SubModel:
     """A sub-model filled from components."""
     config = fitting(config, layout)
-    graph, state = nnx.split(abstract_network(config, layout))
+    graph, state = skeleton(config, layout)
     abstract = by_layer(nnx.to_pure_dict(state), config.model)
     tree = from_layers(read_arrays(abstract, layout, config.model, read), config.model)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, tree))

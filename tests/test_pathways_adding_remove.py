@@ -166,7 +166,7 @@ def test_removing_takes_what_is_private_and_frees_the_experts(path: Path) -> Non
         assert not model.view.read(bank, [4, 5]).any()
     changed = {name for name in after if after[name] != before[name]}
     # The experts were never trained: all but `w_in` were zero before.
-    assert changed == {"manifest", "banks/layer0/mlp/w_in", "banks/layer1/mlp/w_in"}
+    assert changed == {"manifest", "catalogue/000000", "banks/layer0/mlp/w_in", "banks/layer1/mlp/w_in"}
 
 
 def test_freed_places_are_filled_first(path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pathways.adding import baselines, fit, search, start
+from pathways.catalogue import Catalogue
 from pathways.data import encode_tasks, fit_tasks, streams_of
 from pathways.model import Model
 from tasks.errors import UserError
@@ -59,8 +60,7 @@ def test_the_score_is_the_own_share_plus_that_of_the_nearest(
         for name, row in usage.items()
     }
     model: Any = SimpleNamespace(
-        tasks=("near", "far"),
-        entry=lambda name: SimpleNamespace(notes={"profile": known[name]}),
+        entries=lambda: [SimpleNamespace(name=name, notes={"profile": known[name]}) for name in ("near", "far")],
         bank_sizes=[{"mlp": 4}],
         manifest={},
         config=tiny_model.config,
@@ -79,7 +79,9 @@ def test_the_score_is_the_own_share_plus_that_of_the_nearest(
 
 
 def test_without_any_task_or_base_there_is_nothing_to_start_from() -> None:
-    model: Any = SimpleNamespace(groups=dict, view=SimpleNamespace(has=lambda name: False), path="m")
+    view: Any = SimpleNamespace(has=lambda name: False)
+    empty = Catalogue(view, {"catalogue": {"count": 0, "next": 0, "groups": []}})
+    model: Any = SimpleNamespace(catalogue=empty, view=view, path="m")
     with pytest.raises(UserError, match="no task left"):
         search.reference(model)
 

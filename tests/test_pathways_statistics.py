@@ -20,7 +20,7 @@ from pathways.statistics.files import LocalFiles, RemoteFiles
 from pathways.statistics.flags import coefficient_of_variation, cosine, flag, max_over_mean
 from pathways.statistics.parts import list_parts
 from pathways.statistics.reader import Statistics
-from pathways.statistics.writer import StatisticsWriter
+from pathways.statistics.writer import StatisticsWriter, read_experts
 from tasks.errors import UserError
 
 MLP = [ExpertName("mlp", i) for i in range(3)] + [ExpertName("identity", 0)]
@@ -303,7 +303,12 @@ def test_a_url_works_like_a_folder(tmp_path):
 def test_experts_are_listed_in_a_small_file(tmp_path):
     written(tmp_path, counts(), counts(step=20))
     content = json.loads((tmp_path / "layers.json").read_text())
-    assert content["layers"] == [{"layer": 0, "experts": [["mlp", 0], ["mlp", 1], ["mlp", 2], ["identity", 0]]}]
+    assert content["layers"] == [{"layer": 0, "runs": [["mlp", 0, 2], ["identity", 0, 0]]}]
+    found = read_experts(LocalFiles(tmp_path))
+    assert found == {0: [ExpertName("mlp", 0), ExpertName("mlp", 1), ExpertName("mlp", 2), ExpertName("identity", 0)]}
+    older = {"format": 1, "layers": [{"layer": 0, "experts": [["mlp", 0], ["mlp", 1], ["mlp", 2], ["identity", 0]]}]}
+    (tmp_path / "layers.json").write_text(json.dumps(older))
+    assert read_experts(LocalFiles(tmp_path)) == found
 
 
 def test_a_damaged_file_is_named(tmp_path):

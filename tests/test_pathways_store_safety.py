@@ -247,8 +247,8 @@ def test_missing_paths_foreign_folders_and_existing_stores(tmp_path, store) -> N
 
 
 def test_a_newer_format_is_refused_with_both_versions(store) -> None:
-    Database.find(store.path).at()["format"] = json.dumps({"format": "pathways-store", "version": 2}).encode()
-    with pytest.raises(UserError, match=r"(?s)format version 1.*format version 2.*pip install -U pathways-moe"):
+    Database.find(store.path).at()["format"] = json.dumps({"format": "pathways-store", "version": 3}).encode()
+    with pytest.raises(UserError, match=r"(?s)format version 2.*format version 3.*pip install -U pathways-moe"):
         Store.open(store.path)
 
 

@@ -13,6 +13,10 @@ import tensorstore as ts
 
 from pathways.store import Changes, Store
 from pathways.store.compact import WORK_FOLDER
+from pathways.store.locate import Database
+from pathways.store.records import array_digest
+from pathways.store.verify import damaged
+from pathways.store.view import View
 from tasks.errors import UserError
 
 
@@ -220,3 +224,76 @@ def test_many_small_arrays_commit_and_list(tmp_path) -> None:
     before = size_of(tmp_path)
     commit(store, put={"heads/task0500/kernel": np.zeros((32, 4), np.float32)})
     assert size_of(tmp_path) - before < 64 * 1024
+
+
+def many(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, 3), dtype=np.float32)
+
+
+def test_a_change_of_one_row_rewrites_one_page_of_hashes(tmp_path) -> None:
+    """600 rows stand in pages of 256, 256 and 88."""
+    store = Store.create(tmp_path / "model")
+    array = many(600)
+    commit(store, put={"banks/a": array})
+    entry = store.entry("banks/a")
+    before = store.hash_pages("banks/a", entry, range(3))
+    assert [len(page) // 16 for page in before.values()] == [256, 256, 88]
+    commit(store, put_rows={"banks/a": (np.array([300]), many(1, 1))}, append={"banks/a": many(200, 2)})
+    after = store.hash_pages("banks/a", store.entry("banks/a"), range(4))
+    assert [page for page in range(4) if before.get(page) != after[page]] == [1, 2, 3]
+    assert after[2].startswith(before[2])
+    array = np.concatenate([array, many(200, 2)])
+    array[300] = many(1, 1)
+    fresh = Store.create(tmp_path / "fresh")
+    commit(fresh, put={"banks/a": array})
+    assert fresh.digests() == store.digests()
+    assert fresh.row_digests("banks/a") == store.row_digests("banks/a")
+    assert store.row_digests("banks/a", [799, 0, 300]) == [fresh.row_digests("banks/a")[i] for i in (799, 0, 300)]
+    assert store.verify() == []
+    commit(store, put={"banks/a": array[:10]})
+    assert store.verify() == []
+    assert not [key for key in store._kv.list().result() if key.startswith(b"pages/banks/a/000001")]
+
+
+def test_an_array_of_the_first_format_is_read_and_paged_when_it_is_written(tmp_path) -> None:
+    store = Store.create(tmp_path / "model")
+    array = many(300)
+    commit(store, put={"banks/a": array})
+    database, hashes = Database.find(store.path).at(), store.row_hashes("banks/a", store.entry("banks/a"))
+    digest = array_digest("float32", (300, 3), True, hashes)
+    old = {"kind": "array", "digest": digest, "shape": [300, 3], "dtype": "float32", "row_chunked": True}
+    transaction = ts.Transaction(atomic=True)
+    bound = database.with_transaction(transaction)
+    for key, value in (("index/banks/a", json.dumps(old).encode()), ("hashes/banks/a", b"".join(hashes))):
+        bound.write(key, value)
+    for page in (0, 1):
+        bound.write(f"pages/banks/a/{page:06d}", None)
+    version = json.loads(database["log/0000000002"])
+    bound.write("log/0000000002", json.dumps(version | {"generation": version["generation"] + 1}).encode())
+    transaction.commit_async().result()
+    older = Store.open(store.path, mode="w")
+    assert not older.entry("banks/a").paged
+    assert older.digest("banks/a") == digest
+    assert older.row_digests("banks/a", [299]) == [hashes[299].hex()]
+    assert older.verify() == []
+    commit(older, put_rows={"banks/a": (np.array([7]), many(1, 1))})
+    array[7] = many(1, 1)
+    np.testing.assert_array_equal(older.read("banks/a"), array)
+    assert older.entry("banks/a").paged
+    assert older.verify() == []
+    older.undo()
+    assert older.verify() == []
+    assert [part.hex() for part in hashes] == older.row_digests("banks/a")
+    assert older.entry("banks/a") == store.entry("banks/a")  # as the new format has the same content
+
+
+def test_a_damaged_hash_of_a_page_is_named(tmp_path) -> None:
+    store = Store.create(tmp_path / "model")
+    commit(store, put={"banks/a": many(300)})
+    for key in ("hashes/banks/a", "pages/banks/a/000001"):
+        kept = store._kv[key]
+        database = Database.find(store.path).at()
+        database[key] = bytes(len(kept))
+        assert damaged(View(store.path, database)) == ["banks/a"]
+        database[key] = kept
+        assert damaged(View(store.path, database)) == []

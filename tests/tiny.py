@@ -204,3 +204,38 @@ def first_batch(prepared: Any, seed: int = 0) -> dict[str, Any]:
 
     with closing(TrainStream(prepared.data.train, prepared.weights, prepared.shape, seed)) as stream:
         return next(stream)
+
+
+def add_untrained(path: Any, name: str, seed: int = 0, new_experts: int = 1, like: str = "wine") -> None:
+    """Adds a task through the real commit without training it: another name for `like`, every parameter drawn anew.
+
+    Its gate chooses among experts 1 and 3 of each layer and its own. Two examples of `like` are its probe.
+    """
+    from pathways.adding import commit, protect, search, start
+    from pathways.data import cache_folder, encode_tasks
+    from pathways.model import Model
+    from pathways.report import Card
+
+    model = Model.open(path)
+    old = model.entry(like).fitted
+    fitted = replace(old, task=replace(old.task, name=name))
+    borrowed = start.reference_submodel(model, fitted, ("table",), search.reference(model), seed)
+    layers = len(model.bank_sizes)
+    ranked = tuple((("mlp", 1), ("mlp", 3)) for _ in range(layers))
+    chosen = tuple({"mlp": (1, 3)} for _ in range(layers))
+    choice = search.Choice(chosen, ranked, (like,) if model.has(like) else (), (1.0,), (), (0.0,) * 32)
+    made = start.prepare(model, borrowed, choice, new_experts, seed, {"table/column": (1, 5)})
+    whole, rows = commit.take_apart(made, made.sub)
+    rng = np.random.default_rng([seed, *name.encode()])
+    whole, rows = ({key: drawn(value, rng) for key, value in part.items()} for part in (whole, rows))
+    split = encode_tasks([old], "train", model.tokenizer, model.config.encoders, cache_folder() / "encoded")[0]
+    probe = protect.make_probe(made.sub, {name: [split.example(i) for i in range(2)]})
+    card = Card(name, "accuracy", 0.5, {}, 1.0, 1, 1)
+    digests = commit.fingerprint(model.view, made.borrowed)
+    ready = commit.Trained(made.entry, made.gate, made.fresh, made.copied, whole, rows, digests, card, probe)
+    commit.commit(path, ready, made.borrowed, seed)
+
+
+def drawn(value: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Other values of the same shape and type."""
+    return (value + 0.3 * rng.standard_normal(value.shape)).astype(value.dtype)

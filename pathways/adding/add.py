@@ -172,7 +172,7 @@ def _check_request(
 ) -> None:
     """What can be seen before any work is done."""
     check_name(task.name)
-    if task.name in model.tasks:
+    if model.has(task.name):
         raise UserError(
             "The model has a task of this name already.",
             where=model.path,

@@ -19,7 +19,7 @@ from pathways.adding.protect import Allowed, check
 from pathways.adding.search import free_experts
 from pathways.adding.start import Start, fresh_places, joined
 from pathways.assemble import Part, components
-from pathways.model import Model, changes_for, open_for_writing, row_chunked, task_document
+from pathways.model import Model, changes_for, manifest_with, open_for_writing, row_chunked, task_document
 from pathways.pathway import EncoderCopy, Experts, GateSpec
 from pathways.report import Card
 from pathways.store import Changes, Version
@@ -88,9 +88,10 @@ def fingerprint(view: View, parts: Sequence[Part]) -> dict[str, tuple[str, ...]]
         if not row_chunked(name):
             found[name] = (view.digest(name),)
             continue
-        digests = view.row_digests(name)
         assert isinstance(rows, np.ndarray)
-        found[name] = tuple(digests[i] if i < len(digests) else "" for i in rows.tolist())
+        there = rows < view.array_info(name)[0][0]
+        known = iter(view.row_digests(name, rows[there]))
+        found[name] = tuple(next(known) if old else "" for old in there.tolist())
     return found
 
 
@@ -120,7 +121,7 @@ def commit(path: str | os.PathLike[str], trained: Trained, parts: Sequence[Part]
 
 def _check_base(model: Model, trained: Trained, parts: Sequence[Part]) -> None:
     name = trained.entry.name
-    if name in model.tasks:
+    if model.has(name):
         raise UserError("Another process added a task of this name meanwhile.", where=model.path, got=name)
     missing = [part.name for part in parts if not model.view.has(part.name)]
     changed = missing or [
@@ -164,11 +165,13 @@ def changes(model: Model, trained: Trained) -> Changes:
         return model.bank_sizes[layers[layer]].get(kind, 0)
 
     made = changes_for(found, size)
+    pages, manifest = grown_manifest(model, trained)
     made.documents = {
+        **pages,
         f"tasks/{trained.entry.name}": task_document(trained.entry),
         f"gates/{pathway.gate}/candidates": trained.gate.to_json(),
         f"cards/{trained.entry.name}": json.loads(trained.card.to_json()),
-        "manifest": grown_manifest(model, trained),
+        "manifest": manifest,
     }
     if trained.copied:
         made.documents[f"encoders/{pathway.encoders}/copied"] = trained.copied
@@ -176,14 +179,16 @@ def changes(model: Model, trained: Trained) -> Changes:
     return made
 
 
-def grown_manifest(model: Model, trained: Trained) -> dict[str, Any]:
-    """The manifest with one task more; banks as large as they become; places that are taken no longer free."""
+def grown_manifest(model: Model, trained: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Changed pages of the catalogue, and the manifest with one task more: banks as large as they become, places that
+    are taken no longer free."""
     banks, free = [], []
     for sizes, known, fresh in zip(model.bank_sizes, free_experts(model), trained.fresh, strict=True):
         banks.append({kind: max(size, 1 + max(fresh.get(kind, (-1,)))) for kind, size in sizes.items()})
-        left = {kind: [i for i in index if i not in fresh.get(kind, ())] for kind, index in known.items()}
+        left = {kind: sorted({*index} - {*fresh.get(kind, ())}) for kind, index in known.items()}
         free.append({kind: index for kind, index in left.items() if index})
-    return {**model.manifest, "tasks": [*model.tasks, trained.entry.name], "banks": banks, "free": free}
+    pages, head = model.catalogue.changed(add=[trained.entry.pathway])
+    return pages, manifest_with(model, catalogue=head, banks=banks, free=free)
 
 
 def bank_of(name: str) -> tuple[int, str]:

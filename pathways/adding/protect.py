@@ -3,7 +3,8 @@
 Two checks look at the state about to be committed, and a difference aborts it:
 
 - by digest, every component that stood before is equal, but for those the commit says it touches; of a bank, every
-  row that is not free;
+  row that is not free; and every task of the catalogue is still in it. What the transaction holds no write for is
+  equal without being looked at, so this costs what the commit costs, however large the model is;
 - by running them, the logits of old tasks on stored probe rows are bitwise equal, on this platform and batch shape.
 """
 
@@ -16,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from pathways.model import Model, row_chunked
+from pathways.catalogue import PREFIX
+from pathways.model import Model
 from pathways.predictions import SMALL_ROWS, run_shape
+from pathways.store.records import PAGE_ROWS, Entry, parts_of
 from pathways.store.view import View
 from pathways.submodel import SubModel
 from tasks.encoded import Example
@@ -26,6 +29,8 @@ from tasks.pack import Packer
 
 MOST_GROUPS = 16
 """Groups of tasks whose logits are compared; the digests of all are."""
+SAMPLED_PAGES = 4
+"""Pages of the catalogue from which these groups are drawn."""
 
 Group = tuple[str, str]
 """Names of norms and of the gate that some tasks share."""
@@ -39,11 +44,13 @@ class Allowed:
         changed: names that may differ.
         removed: names that may go.
         rows: bank, as `layer<i>/<kind>` -> rows that may differ: free ones, or those about to be freed.
+        groups: those whose logits may differ.
     """
 
     changed: frozenset[str] = frozenset({"manifest"})
     removed: frozenset[str] = frozenset()
     rows: Mapping[str, Collection[int]] = field(default_factory=dict)
+    groups: frozenset[Group] = frozenset()
 
 
 def make_probe(sub: SubModel, examples: Mapping[str, Sequence[Example]]) -> bytes:
@@ -97,43 +104,70 @@ def check(
         check_digests(old.view, staged, allowed)
         new = Model(old.path, staged)
         for group in chosen_groups(old, new, first, seed):
-            check_logits(old, new, group)
+            if group not in allowed.groups:
+                check_logits(old, new, group)
 
     return run
 
 
 def check_digests(old: View, new: View, allowed: Allowed) -> None:
-    """Compares every component that stood before."""
-    before, after = old.digests(), new.digests()
-    for name, digest in before.items():
-        if name in allowed.changed or after.get(name) == digest:
+    """Compares every component that stood before and that the new state has a write for."""
+    pending = new.pending(old)
+    names = old.names() if pending is None else list(pending)
+    for name, was, now in zip(names, old.find(names), new.find(names), strict=True):
+        if was is None or name in allowed.changed or (now is not None and now.digest == was.digest):
             continue
-        if name not in after:
+        if name.startswith(PREFIX):
+            _check_page(old.document(name), new.document(name) if now is not None else {}, allowed)
+        elif now is None:
             if name not in allowed.removed:
                 raise _broken(f"{name} would be removed")
-        elif row_chunked(name):
-            free = allowed.rows.get("/".join(name.split("/")[1:3]), ())
-            _check_rows(name, old.row_digests(name), new.row_digests(name), free)
+        elif was.row_chunked and now.row_chunked:
+            _check_rows(old, new, name, was, now, allowed.rows.get("/".join(name.split("/")[1:3]), ()))
         else:
             raise _broken(f"{name} would be changed")
 
 
-def _check_rows(name: str, before: list[str], after: list[str], free: Collection[int]) -> None:
-    if len(after) < len(before):
-        raise _broken(f"{name} would lose experts: {len(before)} before, {len(after)} after")
-    for row, digest in enumerate(before):
-        if after[row] != digest and row not in free:
-            raise _broken(f"expert {row} of {name} would be changed")
+def _check_rows(old: View, new: View, name: str, was: Entry, now: Entry, free: Collection[int]) -> None:
+    """Looks into the pages of hashes that differ, and at the rows that stood before."""
+    if now.shape[0] < was.shape[0]:
+        raise _broken(f"{name} would lose experts: {was.shape[0]} before, {now.shape[0]} after")
+    if (was.dtype, was.shape[1:]) != (now.dtype, now.shape[1:]):
+        raise _broken(f"{name} would be changed")
+    pages = zip(old.page_hashes(name, was), new.page_hashes(name, now), strict=False)
+    differ = [page for page, (before, after) in enumerate(pages) if before != after]
+    before, after = old.hash_pages(name, was, differ), new.hash_pages(name, now, differ)
+    taken = set(free)
+    for page in differ:
+        for row, (one, other) in enumerate(zip(parts_of(before[page]), parts_of(after[page]), strict=False)):
+            if one != other and page * PAGE_ROWS + row not in taken:
+                raise _broken(f"expert {page * PAGE_ROWS + row} of {name} would be changed")
+
+
+def _check_page(before: Mapping[str, Any], after: Mapping[str, Any], allowed: Allowed) -> None:
+    """Every line of a page of the catalogue stands, but for those of tasks that may go."""
+    for number, line in before.items():
+        if after.get(number) != line and f"tasks/{line[0]}" not in allowed.removed:
+            raise _broken(f"task {line[0]} would be lost from the catalogue")
 
 
 def chosen_groups(old: Model, new: Model, first: Sequence[str], seed: int) -> list[Group]:
-    """At most `MOST_GROUPS` groups that both versions have: those of the tasks in `first`, then a seeded sample."""
-    there = set(new.groups())
-    groups = {group: names for group, names in old.groups().items() if group in there}
-    wanted = [group for group, names in groups.items() if set(names) & set(first)]
-    rest = [group for group in groups if group not in wanted]
-    order = np.random.default_rng(seed).permutation(len(rest)).tolist()
-    return (wanted + [rest[i] for i in order])[:MOST_GROUPS]
+    """At most `MOST_GROUPS` groups that both versions have: those of the tasks in `first`, then a seeded sample.
+
+    It is drawn from the groups that tasks share and from those on a few pages of the catalogue: all, if there are few.
+    """
+    wanted = [(entry.pathway.norms, entry.pathway.gate) for entry in old.entries([n for n in first if old.has(n)])]
+    rng = np.random.default_rng(seed)
+    drawn = [(norms, gate) for norms, gate, _ in old.catalogue.shared]
+    drawn += [line.group for line in old.catalogue.sample(rng, SAMPLED_PAGES)]
+    rest = [group for group in dict.fromkeys(drawn) if group not in wanted]
+    order = rng.permutation(len(rest)).tolist()
+    found = [group for group in [*dict.fromkeys(wanted), *(rest[i] for i in order)] if _there(new, group)]
+    return found[:MOST_GROUPS]
+
+
+def _there(model: Model, group: Group) -> bool:
+    return model.view.has(f"norms/{group[0]}") and model.view.has(f"gates/{group[1]}/candidates")
 
 
 def check_logits(old: Model, new: Model, group: Group) -> None:
@@ -142,21 +176,22 @@ def check_logits(old: Model, new: Model, group: Group) -> None:
     if not old.view.has(blob):
         return
     names, batch = read_probe(old.view.blob(blob))
-    kept = tuple(name for name in names if name in set(old.tasks) & set(new.tasks))
+    kept = tuple(name for name in names if old.has(name) and new.has(name))
     if not kept:
         return
     place = np.array([kept.index(name) if name in kept else -1 for name in names], np.int32)
     task = np.where(batch["task"] >= 0, place[batch["task"]], -1).astype(np.int32)
     batch = {**batch, "task": task}
-    shown = task >= 0
-    tokens = (batch["segment"] > 0) & shown[np.maximum(batch["segment"] - 1, 0)]
-    before, after = (_logits(model.submodel(kept), batch, shown, tokens) for model in (old, new))
+    before, after = (probe_logits(model.submodel(kept), batch) for model in (old, new))
     for was, now in zip(before, after, strict=True):
         if was.tobytes() != now.tobytes():
             raise _broken(f"the logits of {', '.join(kept[:5])} on stored probe rows would be others")
 
 
-def _logits(sub: SubModel, batch: dict[str, Any], shown: np.ndarray, tokens: np.ndarray) -> list[np.ndarray]:
+def probe_logits(sub: SubModel, batch: dict[str, Any]) -> list[np.ndarray]:
+    """The logits of a batch's examples that have a task, and where some tag words, those of their tokens."""
+    shown = batch["task"] >= 0
+    tokens = (batch["segment"] > 0) & shown[np.maximum(batch["segment"] - 1, 0)]
     out = sub.run(batch)
     found = [np.asarray(out.logits)[shown]]
     return found if out.token_logits is None else [*found, np.asarray(out.token_logits)[tokens]]

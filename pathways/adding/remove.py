@@ -10,7 +10,7 @@ import numpy as np
 from pathways.adding.commit import bank_of
 from pathways.adding.protect import Allowed, check
 from pathways.adding.search import free_experts
-from pathways.model import STORE, Model, beside, open_for_writing, row_chunked
+from pathways.model import STORE, Model, beside, manifest_with, open_for_writing, row_chunked
 from pathways.pathway import Experts, encoder_names, gate_names, head_names, private
 from pathways.store import Changes, Store, Version
 from tasks.errors import UserError
@@ -33,7 +33,8 @@ def remove_task(model_path: str | os.PathLike[str], name: str) -> Version:
         for number, layer in zip(model.routed_layers, freed, strict=True)
         for kind, index in layer.items()
     }
-    changes = Changes(remove=names, documents={"manifest": shrunk_manifest(model, name, freed)})
+    pages, manifest = shrunk_manifest(model, name, freed)
+    changes = Changes(remove=names, documents={**pages, "manifest": manifest})
     for bank in model.view.names("banks/"):
         layer, kind = bank_of(bank)
         index = rows.get(f"layer{layer}/{kind}", ())
@@ -46,15 +47,16 @@ def remove_task(model_path: str | os.PathLike[str], name: str) -> Version:
     return store.commit(changes, f"removed task {name}", row_chunked=row_chunked, check=protect)
 
 
-def undo(model_path: str | os.PathLike[str], to: int | None = None) -> Version:
-    """Makes the content of version `to`, by default the one before the newest, the newest version.
+def undo(model_path: str | os.PathLike[str], to: int | str | None = None) -> Version:
+    """Makes the content of version `to` (its number or name; by default the one before the newest) the newest version.
 
     Raises:
         UserError: no such version, or one that holds no model: the store is empty until training commits.
     """
     store = Store.open(beside(model_path, STORE), mode="w")
     parents = {version.number: version.parent for version in store.log()}
-    target = parents[store.version] if to is None else to
+    given = Store.open(store.path, to).version if isinstance(to, str) else to
+    target = parents[store.version] if given is None else given
     if target is not None and not store.at(target).has("manifest"):
         raise UserError(
             "There is no model to go back to in that version.",
@@ -62,14 +64,14 @@ def undo(model_path: str | os.PathLike[str], to: int | None = None) -> Version:
             expected="a version that a commit of a model made: `pathways log` lists them",
             got=f"version {target}, which is from before the model was trained",
         )
-    return store.undo() if to is None else store.revert(to, f"back to version {target}")
+    return store.undo() if given is None else store.revert(given, f"back to version {target}")
 
 
 def private_names(model: Model, name: str) -> list[str]:
     """Components of one task alone, each by its whole name: `a` may be removed while `a/b` stays."""
     pathway = model.entry(name).pathway
     names = [f"tasks/{name}", f"cards/{name}", *head_names(name)]
-    others = [model.entry(task).pathway for task in model.tasks if task != name]
+    others = [line for line in model.catalogue.lines() if line.task != name]
     if pathway.norms == private(name) and all(p.norms != pathway.norms for p in others):
         names.append(f"norms/{pathway.norms}")
     if pathway.gate == private(name) and all(p.gate != pathway.gate for p in others):
@@ -81,26 +83,31 @@ def private_names(model: Model, name: str) -> list[str]:
 
 
 def freed_experts(model: Model, name: str) -> tuple[Experts, ...]:
-    """Per routed layer, the experts that the task owns and no other task's gate can choose."""
-    others = {model.entry(task).pathway.gate for task in model.tasks if task != name}
-    used = [model.gate(gate).candidates for gate in others]
+    """Per routed layer, the added experts that this task's gate can choose, or that it owns, and no other task's can.
+
+    Those that joint training made stay. One that was made for another task, which is gone, goes with its last user.
+    """
+    others = {line.gate for line in model.catalogue.lines() if line.task != name}
+    used = [spec.candidates for spec in model.gates(sorted(others)).values()]
+    pathway, trained = model.entry(name).pathway, model.config.model.experts
     freed = []
-    for layer, owned in enumerate(model.entry(name).pathway.owned):
-        mine = {
-            kind: tuple(i for i in index if all(i not in spec[layer].get(kind, ()) for spec in used))
-            for kind, index in owned.items()
-        }
-        freed.append({kind: index for kind, index in mine.items() if index})
-    return tuple(freed) or tuple({} for _ in model.bank_sizes)
+    for layer, candidates in enumerate(model.gate(pathway.gate).candidates):
+        owned = pathway.owned[layer] if pathway.owned else {}
+        mine = {kind: {*candidates.get(kind, ()), *owned.get(kind, ())} for kind in {**candidates, **owned}}
+        taken = {kind: {i for spec in used for i in spec[layer].get(kind, ())} for kind in mine}
+        left = {kind: [i for i in index - taken[kind] if i >= trained.get(kind, 0)] for kind, index in mine.items()}
+        freed.append({kind: tuple(sorted(index)) for kind, index in left.items() if index})
+    return tuple(freed)
 
 
-def shrunk_manifest(model: Model, name: str, freed: tuple[Experts, ...]) -> dict[str, Any]:
-    """The manifest without the task, its experts' places free."""
+def shrunk_manifest(model: Model, name: str, freed: tuple[Experts, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Changed pages of the catalogue, and the manifest without the task, its experts' places free."""
     free = []
     for known, new in zip(free_experts(model), freed, strict=True):
         kinds = dict.fromkeys([*known, *new])
         free.append({kind: sorted({*known.get(kind, ()), *new.get(kind, ())}) for kind in kinds})
-    return {**model.manifest, "tasks": [task for task in model.tasks if task != name], "free": free}
+    pages, head = model.catalogue.changed(remove=[name])
+    return pages, manifest_with(model, catalogue=head, free=free)
 
 
 def _rows(model: Model, layers: Any) -> dict[str, list[int]]:

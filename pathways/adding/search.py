@@ -62,14 +62,18 @@ def reference(model: Model) -> tuple[str, str]:
 
     A group with encoders of its own comes last: its norms and gate were trained over other rows than the shared ones.
     """
-    groups = model.groups()
-    shared = {group: names for group, names in groups.items() if model.entry(names[0]).pathway.encoders == BASE}
+    shared = {group: count for group, count in model.catalogue.shared.items() if group[2] == BASE}
     if shared:
-        return max(shared, key=lambda group: len(shared[group]))
+        norms, gate, _ = max(shared, key=lambda group: shared[group])
+        return norms, gate
+    alone = next((line.group for line in model.catalogue.first() if line.encoders == BASE), None)
+    if alone is not None:
+        return alone
     if model.view.has(f"gates/{BASE}/candidates"):
         return BASE, BASE
-    if groups:
-        return max(groups, key=lambda group: len(groups[group]))
+    any_group = next((line.group for line in model.catalogue.first()), None)
+    if any_group is not None:
+        return any_group
     raise UserError(
         "The model has no task left to start from.", where=model.path, fix="undo a removal: see `pathways log`"
     )
@@ -87,7 +91,8 @@ def choose(model: Model, sub: SubModel, train: EncodedSplit, *, per_layer: int, 
     task = sub.names[0]
     sample = [train.example(i) for i in subset(train, SAMPLE_ROWS, seed)]
     own = profiles(sub, {task: sample})[task]
-    known = {name: found for name in model.tasks if (found := model.entry(name).notes.get("profile"))}
+    entries = model.entries()
+    known = {entry.name: found for entry in entries if (found := entry.notes.get("profile"))}
     near = nearest_tasks(np.array(own["embedding"]), {name: np.array(p["embedding"]) for name, p in known.items()})
     slots = [_slots(model, layer) for layer in range(len(model.bank_sizes))]
     scores = []
@@ -129,7 +134,7 @@ def free_experts(model: Model) -> list[dict[str, list[int]]]:
 
 
 def _slots(model: Model, layer: int) -> list[Slot]:
-    free = free_experts(model)[layer]
+    free = {kind: set(index) for kind, index in free_experts(model)[layer].items()}
     sizes = model.bank_sizes[layer].items()
     return [(kind, i) for kind, size in sizes for i in range(size) if i not in free.get(kind, ())]
 
@@ -159,9 +164,8 @@ def _reused(
     """For each expert the tasks that give it more than an even share, most first; the one that gives most if none."""
     found, tasks = [], list(known)
     for layer, (chosen, names) in enumerate(zip(ranked, slots, strict=True)):
-        table = np.array([shares(profile, layer, names) for profile in known.values()]).reshape(-1, len(names))
         for kind, index in chosen:
-            column = table[:, names.index((kind, index))]
+            column = np.array([shares(profile, layer, [(kind, index)])[0] for profile in known.values()])
             order = np.argsort(-column, kind="stable")[:USERS]
             heavy = [i for i in order if column[i] > 1 / len(names)] or [i for i in order[:1] if column[i] > 0]
             found.append(Reused(model.routed_layers[layer], kind, index, tuple(tasks[i] for i in heavy)))

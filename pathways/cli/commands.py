@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pathways import report
+from pathways.cli import lives
+from pathways.cli.lives import show_removal
 from pathways.cli.suggestions import run_suggest
 
 Command = Callable[[Namespace], int | None]
@@ -117,6 +119,9 @@ def run_add(args: Namespace) -> None:
 def run_remove(args: Namespace) -> None:
     from pathways.adding import remove_task
 
+    if args.dry_run:
+        show_removal(args.model, args.task)
+        return
     set_up_jax()
     done = remove_task(args.model, args.task)
     print(f"Version {done.number}: {done.message}. `pathways undo {args.model}` brings it back.")
@@ -231,7 +236,8 @@ def run_compact(args: Namespace) -> None:
     from tasks.errors import UserError
 
     store, _ = open_for_writing(args.model)
-    gone = [version for version in store.log() if version.number not in {*args.keep, store.version}]
+    keep = {*args.keep, *store.pins().values(), store.version}
+    gone = [version for version in store.log() if version.number not in keep]
     for version in gone:
         print(f"version {version.number} goes: {version.message}")
     if gone and not args.keep and not args.yes:
@@ -241,8 +247,8 @@ def run_compact(args: Namespace) -> None:
             expected="--yes to keep the newest version only, or --keep VERSION for those to keep beside it",
             got=f"{len(gone)} versions to drop",
         )
-    done = store.compact(keep=[*args.keep, store.version])
-    kept = ", ".join(map(str, sorted({*args.keep, store.version})))
+    done = store.compact(keep=sorted(keep))
+    kept = ", ".join(map(str, sorted(keep)))
     print(f"{report.size(done.before)} before, {report.size(done.after)} now; kept version {kept}")
 
 
@@ -282,6 +288,7 @@ COMMANDS: dict[str, Command] = {
     "log": run_log,
     "compact": run_compact,
     "verify": run_verify,
+    **lives.COMMANDS,
 }
 
 

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pathways.cli.life import add_life, version
 from pathways.cli.overrides import read_fields
 from pathways.cli.suggestions import add_suggest
 from tasks.check import nearest, unknown
@@ -124,13 +125,14 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         _verify,
     ):
         add(command)
+    add_life(command)
     return parser, commands
 
 
 def _model(parser: Parser, at: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", help="the model's folder, or a gs:// or s3:// URL")
     if at:
-        parser.add_argument("--at", type=int, metavar="VERSION", help="an older version; see `pathways log`")
+        parser.add_argument("--at", type=version, metavar="VERSION", help="its number or name; see `pathways log`")
 
 
 def _format(parser: Parser) -> None:
@@ -223,6 +225,7 @@ def _remove(command: Any) -> None:
     )
     _model(parser)
     parser.add_argument("task", metavar="TASK")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be freed, and who leans on it")
 
 
 def _undo(command: Any) -> None:
@@ -233,7 +236,7 @@ def _undo(command: Any) -> None:
         "pathways undo runs/demo --to 2",
     )
     _model(parser)
-    parser.add_argument("--to", type=int, metavar="VERSION", help="see `pathways log`; the one before by default")
+    parser.add_argument("--to", type=version, metavar="VERSION", help="see `pathways log`; the one before by default")
 
 
 def _predict(command: Any) -> None:
@@ -341,8 +344,9 @@ def _compact(command: Any) -> None:
         "compact",
         "give the space of old versions back",
         """
-        Drops all versions but the newest and those named with --keep, and the space that only they used. Without
-        --keep, it says what would go and wants --yes: there is no way back to a version that is gone.
+        Drops all versions but the newest, those that `pathways pin` gave a name and those listed with --keep, and the
+        space that only they used. Without --keep, it says what would go and wants --yes: there is no way back to a
+        version that is gone.
         """,
         "pathways compact runs/demo --keep 3 5",
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -72,8 +74,8 @@ class StatisticsWriter:
             known = dict.fromkeys(experts.get(layer.layer, ()))
             experts[layer.layer] = list(known | dict.fromkeys(layer.experts))
         if experts != self._experts:
-            layers = [{"layer": i, "experts": [[e.kind, e.index] for e in experts[i]]} for i in sorted(experts)]
-            self.files.write(LAYERS, json.dumps({"format": 1, "layers": layers}).encode())
+            layers = [{"layer": i, "runs": runs(experts[i])} for i in sorted(experts)]
+            self.files.write(LAYERS, json.dumps({"format": 2, "layers": layers}).encode())
             self._experts = experts
 
     def _merge(self, name: str, phase: str) -> None:
@@ -115,6 +117,20 @@ def read_experts(files: Files) -> dict[int, list[ExpertName]]:
         content = json.loads(files.read(LAYERS))
     except FileNotFoundError:
         return {}
-    return {
-        entry["layer"]: [ExpertName(kind, index) for kind, index in entry["experts"]] for entry in content["layers"]
-    }
+    found = {}
+    for entry in content["layers"]:
+        # Format 1 listed each expert by itself.
+        stretches = entry["runs"] if "runs" in entry else [(kind, i, i) for kind, i in entry["experts"]]
+        found[entry["layer"]] = [ExpertName(kind, i) for kind, first, last in stretches for i in range(first, last + 1)]
+    return found
+
+
+def runs(experts: Iterable[ExpertName]) -> list[list[Any]]:
+    """Experts in their order as `[kind, first, last]`: a bank of twenty thousand is one of these."""
+    found: list[list[Any]] = []
+    for expert in experts:
+        if found and found[-1][0] == expert.kind and found[-1][2] + 1 == expert.index:
+            found[-1][2] = expert.index
+        else:
+            found.append([expert.kind, expert.index, expert.index])
+    return found

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pathways.store.locate import Database, local_folder, locked, new_context, plain_errors
+from pathways.store.pins import KEY as PINS
 from pathways.store.records import FORMAT, FORMAT_VERSION, Version, encode_json, encode_version, log_key
 from pathways.store.stage import Stage
 from pathways.store.view import View
@@ -33,17 +34,19 @@ class Compaction:
     after: int
 
 
-def compact_into(path: str, destination: str, sources: Sequence[tuple[Version, View]]) -> Compaction:
+def compact_into(
+    path: str, destination: str, sources: Sequence[tuple[Version, View]], pins: Mapping[str, int]
+) -> Compaction:
     """Writes the versions `sources`, oldest first, to a new store at `destination`."""
     new = Database(destination, new_context())
     with locked(destination), plain_errors(destination, "compacting"):
         if new.manifest() is not None:
             raise UserError("there is a store at the destination already", where=destination)
-        copy_versions(new, sources)
+        copy_versions(new, sources, pins)
     return Compaction(stored_bytes(path), stored_bytes(destination))
 
 
-def compact_in_place(path: str, sources: Sequence[tuple[Version, View]]) -> Compaction:
+def compact_in_place(path: str, sources: Sequence[tuple[Version, View]], pins: Mapping[str, int]) -> Compaction:
     """Replaces a local store by its compaction. The caller holds the lock."""
     folder = local_folder(path)
     if folder is None:
@@ -52,7 +55,7 @@ def compact_in_place(path: str, sources: Sequence[tuple[Version, View]]) -> Comp
     work = folder / WORK_FOLDER
     with plain_errors(path, "compacting"):
         shutil.rmtree(work, ignore_errors=True)
-        copy_versions(Database(str(work), new_context()), sources)
+        copy_versions(Database(str(work), new_context()), sources, pins)
         old_files = list((folder / "d").iterdir())
         for entry in (work / "d").iterdir():
             entry.rename(folder / "d" / entry.name)
@@ -65,7 +68,7 @@ def compact_in_place(path: str, sources: Sequence[tuple[Version, View]]) -> Comp
     return Compaction(before, stored_bytes(path))
 
 
-def copy_versions(target: Database, sources: Sequence[tuple[Version, View]]) -> None:
+def copy_versions(target: Database, sources: Sequence[tuple[Version, View]], pins: Mapping[str, int]) -> None:
     """Copies each version on top of the one before, so that what they share is written once.
 
     The log says which generation holds a version; the generations between, of parts, are never looked at.
@@ -80,6 +83,8 @@ def copy_versions(target: Database, sources: Sequence[tuple[Version, View]]) -> 
         generation = target.next_generation()
         stage.write("format", encode_json({"format": FORMAT, "version": FORMAT_VERSION}))
         stage.write("head", encode_json({"number": version.number}))
+        if pins:
+            stage.write(PINS, encode_json(pins))
         stage.write(log_key(version.number), encode_version(Version(**{**vars(version), "generation": generation})))
         stage.transaction.commit_async().result()
 

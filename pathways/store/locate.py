@@ -20,8 +20,9 @@ try:
 except ImportError:  # no such lock there: the conditional write on `head` alone keeps commits apart
     fcntl = None
 
-CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 1 << 16}
-"""Values up to 1 KiB stand inside B+tree nodes; small nodes keep the bytes of a small commit small."""
+CONFIG = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 1 << 13}
+"""Values up to 1 KiB stand inside B+tree nodes. A commit rewrites each node on the way to what it changes, about forty
+for a task: with nodes of 8 KiB that is 70 KB more among 4,000 tasks than among 10, with nodes of 64 KiB 500 KB."""
 
 NODE_CACHE_BYTES = 128 << 20
 

@@ -6,7 +6,8 @@ Keys of the OCDBT database:
     head                        {"number": N}: the newest version; every commit is conditional on it
     log/<number>                one `Version`, and the OCDBT generation that holds it
     index/<name>                one `Entry`: kind, shape, dtype, digest. Listing the index never touches data
-    hashes/<name>               16 bytes per row of a row-chunked array
+    hashes/<name>               of a row-chunked array: 16 bytes per page, the hash of the page
+    pages/<name>/<page>         a page: 16 bytes per row, the hash of the row, of `PAGE_ROWS` rows
     arrays/<name>/zarr.json     Zarr v3 metadata, so that any Zarr reader over OCDBT opens the array
     arrays/<name>/c/i/0/...     chunks: raw little-endian elements, row by row, or one chunk for the whole array
     documents/<name>            JSON
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import blake2b
@@ -30,8 +31,11 @@ import numpy as np
 from tasks.errors import UserError
 
 FORMAT = "pathways-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 kept the hashes of all rows under `hashes/<name>`: such arrays are read, and paged when next written."""
 HASH_BYTES = 16
+PAGE_ROWS = 256
+"""Rows whose hashes stand together: a change of one row rewrites these hashes, not those of the whole array."""
 NAMES_IN_LOG = 100
 """A log entry lists at most so many names of each sort; the counts are always whole."""
 
@@ -93,13 +97,17 @@ class Changes:
 
 @dataclass(frozen=True)
 class Entry:
-    """One name in the index. `shape`, `dtype` and `row_chunked` belong to arrays."""
+    """One name in the index. `shape`, `dtype`, `row_chunked` and `paged` belong to arrays.
+
+    `paged`: the hashes of the rows stand in pages, and the digest is made from those of the pages.
+    """
 
     kind: Kind
     digest: str
     shape: tuple[int, ...] = ()
     dtype: str = ""
     row_chunked: bool = False
+    paged: bool = False
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -113,6 +121,11 @@ class Entry:
     def num_chunks(self) -> int:
         """Chunks that exist as keys; none where a chunk would be empty."""
         return 0 if self.chunk_bytes == 0 else (self.shape[0] if self.row_chunked else 1)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of hashes."""
+        return -(-self.shape[0] // PAGE_ROWS) if self.paged else 0
 
     def same_layout(self, other: Entry | None) -> bool:
         """Whether chunk `i` of one may stand for chunk `i` of the other."""
@@ -140,14 +153,33 @@ def hash_bytes(data: Any) -> bytes:
     return blake2b(data, digest_size=HASH_BYTES).digest()
 
 
-def array_digest(entry_dtype: str, shape: tuple[int, ...], row_chunked: bool, hashes: Iterable[bytes]) -> str:
-    """The digest of an array: of its type, shape, chunking and the hashes of its chunks."""
-    head = json.dumps([entry_dtype, list(shape), row_chunked]).encode()
+def array_digest(
+    entry_dtype: str, shape: tuple[int, ...], row_chunked: bool, hashes: Iterable[bytes], paged: bool = False
+) -> str:
+    """The digest of an array: of its type, shape, chunking and hashes, those of its pages or else of its chunks."""
+    head = json.dumps([entry_dtype, list(shape), f"pages of {PAGE_ROWS}" if paged else row_chunked]).encode()
     return hash_bytes(head + b"".join(hashes)).hex()
 
 
 def array_entry(shape: tuple[int, ...], dtype: str, row_chunked: bool, hashes: Iterable[bytes]) -> Entry:
-    return Entry("array", array_digest(dtype, shape, row_chunked, hashes), tuple(shape), dtype, row_chunked)
+    """An entry as it is written: with pages where there is one chunk per row.
+
+    Args:
+        hashes: of the pages, or of the one chunk.
+    """
+    digest = array_digest(dtype, shape, row_chunked, hashes, paged=row_chunked)
+    return Entry("array", digest, tuple(shape), dtype, row_chunked, paged=row_chunked)
+
+
+def into_pages(hashes: Sequence[bytes]) -> dict[int, bytes]:
+    """The pages of all rows' hashes, by number."""
+    starts = range(0, len(hashes), PAGE_ROWS)
+    return {page: b"".join(hashes[start : start + PAGE_ROWS]) for page, start in enumerate(starts)}
+
+
+def parts_of(data: bytes) -> list[bytes]:
+    """The single hashes in a row of them."""
+    return [data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]
 
 
 def canonical(name: str, array: Any) -> tuple[np.ndarray, str]:
@@ -178,7 +210,11 @@ def content_keys(name: str, entry: Entry) -> list[str]:
     if entry.kind != "array":
         return [f"{entry.kind}s/{name}"]
     keys = [f"arrays/{name}/zarr.json"] + [chunk_key(name, entry, i) for i in range(entry.num_chunks)]
-    return keys + [f"hashes/{name}"] * entry.row_chunked
+    return keys + [f"hashes/{name}"] * entry.row_chunked + [page_key(name, i) for i in range(entry.num_pages)]
+
+
+def page_key(name: str, page: int) -> str:
+    return f"pages/{name}/{page:06d}"
 
 
 def zarr_metadata(entry: Entry) -> dict[str, Any]:
@@ -212,6 +248,7 @@ def encode_entry(entry: Entry) -> bytes:
     fields: dict[str, Any] = {"kind": entry.kind, "digest": entry.digest}
     if entry.kind == "array":
         fields |= {"shape": entry.shape, "dtype": entry.dtype, "row_chunked": entry.row_chunked}
+        fields |= {"paged": True} if entry.paged else {}
     return encode_json(fields)
 
 

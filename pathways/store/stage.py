@@ -6,7 +6,7 @@ Nothing reaches the disk before the transaction commits; an error before that le
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import tensorstore as ts
 
 from pathways.store.records import (
+    HASH_BYTES,
+    PAGE_ROWS,
     Changes,
     Entry,
     array_entry,
@@ -24,6 +26,9 @@ from pathways.store.records import (
     encode_entry,
     encode_json,
     hash_bytes,
+    into_pages,
+    page_key,
+    parts_of,
     raw,
     zarr_metadata,
 )
@@ -115,8 +120,10 @@ class Stage:
             raise UserError("a scalar has no rows to chunk by", where=name)
         chunks = split(array, row_chunked)
         hashes = hash_all(chunks)
-        entry = array_entry(array.shape, dtype, row_chunked, hashes)
-        self._array(name, entry, hashes, lambda wanted: ((i, chunks[i]) for i in wanted))
+        pages = into_pages(hashes) if row_chunked else {}
+        tops = [hash_bytes(page) for page in pages.values()]
+        entry = array_entry(array.shape, dtype, row_chunked, tops if row_chunked else hashes)
+        self._array(name, entry, tops, pages, lambda wanted: ((i, chunks[i]) for i in wanted))
 
     def put_rows(self, name: str, rows: Any, values: Any) -> None:
         """Some rows of a row-chunked array."""
@@ -164,7 +171,10 @@ class Stage:
             if self._standing(name) != entry:
                 self.value(name, entry.kind, source.encoded(name, entry))
             return
-        hashes = source.row_hashes(name, entry) if entry.row_chunked else [b""]
+        pages = into_pages(source.row_hashes(name, entry)) if entry.row_chunked else {}
+        tops = [hash_bytes(page) for page in pages.values()]
+        if entry.row_chunked and not entry.paged:
+            entry = array_entry(entry.shape, entry.dtype, True, tops)
 
         def payload(wanted: Sequence[int]) -> Iterator[tuple[int, bytes]]:
             for chunk, data in source.chunks(name, entry, wanted):
@@ -172,7 +182,7 @@ class Stage:
                     raise UserError("a chunk is missing", where=f"{source.path}, {name}, chunk {chunk}")
                 yield chunk, data
 
-        self._array(name, entry, hashes, payload)
+        self._array(name, entry, tops, pages, payload)
 
     def _rows_of(self, name: str, values: Any) -> tuple[Entry, np.ndarray]:
         old = self.view.entry(name, "array")
@@ -190,27 +200,49 @@ class Stage:
 
     def _splice(self, name: str, old: Entry, size: int, new: dict[int, np.ndarray]) -> None:
         """Row chunks `new` by number, in an array that then has `size` rows."""
-        hashes = self.view.row_hashes(name, old) + [b""] * (size - old.shape[0])
-        for row, found in zip(new, hash_all(list(new.values())), strict=True):
-            hashes[row] = found
-        entry = array_entry((size, *old.shape[1:]), old.dtype, True, hashes)
-        self._array(name, entry, hashes, lambda wanted: ((i, new[i]) for i in wanted))
+        hashes = dict(zip(new, hash_all(list(new.values())), strict=True))
+        touched = range(-(-size // PAGE_ROWS)) if not old.paged else sorted({row // PAGE_ROWS for row in new})
+        known = self.view.hash_pages(name, old, touched)
+        pages = {page: bytearray(known.get(page, b"")) for page in touched}
+        for row, found in sorted(hashes.items()):
+            at = row % PAGE_ROWS * HASH_BYTES
+            pages[row // PAGE_ROWS][at : at + HASH_BYTES] = found
+        tops = self.view.page_hashes(name, old)
+        tops += [b""] * (-(-size // PAGE_ROWS) - len(tops))
+        for page, data in pages.items():
+            tops[page] = hash_bytes(data)
+        entry = array_entry((size, *old.shape[1:]), old.dtype, True, tops)
+        whole = {page: bytes(data) for page, data in pages.items()}
+        self._array(name, entry, tops, whole, lambda wanted: ((i, new[i]) for i in wanted))
 
-    def _array(self, name: str, entry: Entry, hashes: list[bytes], payload: Payload) -> None:
-        """Writes the chunks whose hash differs from what stands there, then hashes, metadata and index entry."""
+    def _array(
+        self, name: str, entry: Entry, tops: Sequence[bytes], pages: Mapping[int, bytes], payload: Payload
+    ) -> None:
+        """Writes the chunks whose hash differs from what stands there, then hashes, metadata and index entry.
+
+        Args:
+            tops: the hash of every page of hashes; none for an array in one chunk.
+            pages: those in which a row may differ from what stands there.
+        """
         old = self._standing(name)
         if not self._takes_place(name, entry):
             return
-        known: list[bytes] = []
-        if entry.row_chunked and old is not None and entry.same_layout(old):
-            known = self.view.row_hashes(name, old)
-        wanted = [i for i in range(entry.num_chunks) if i >= len(known) or known[i] != hashes[i]]
-        size = self._chunks(name, entry, payload(wanted))
-        if old is not None and old.kind == "array":
+        known: dict[int, bytes] = {}
+        alike = old is not None and entry.same_layout(old)
+        if old is not None and alike and entry.row_chunked:
+            known = self.view.hash_pages(name, old, list(pages))
+        wanted = differing(known, pages) if entry.row_chunked else [0]
+        size = self._chunks(name, entry, payload(wanted if entry.num_chunks else []))
+        grown = old is not None and alike and old.paged == entry.paged and entry.shape[0] >= old.shape[0]
+        if old is not None and old.kind == "array" and not (entry.row_chunked and grown):
             for key in set(content_keys(name, old)) - set(content_keys(name, entry)):
                 self.write(key, None)
         if entry.row_chunked:
-            self.write(f"hashes/{name}", b"".join(hashes))
+            paged = old is not None and old.paged
+            for page, data in pages.items():
+                if not paged or known.get(page) != data:
+                    self.write(page_key(name, page), data)
+            self.write(f"hashes/{name}", b"".join(tops))
         if old is None or (old.shape, old.dtype, old.row_chunked) != (entry.shape, entry.dtype, entry.row_chunked):
             self.write(f"arrays/{name}/zarr.json", encode_json(zarr_metadata(entry)))
         self._index(name, entry, size)
@@ -272,6 +304,16 @@ class Stage:
         self._pending[name] = entry
         self.written.add(name)
         self.size += size
+
+
+def differing(known: Mapping[int, bytes], pages: Mapping[int, bytes]) -> list[int]:
+    """The rows of `pages` whose hash is not the one in `known`."""
+    found = []
+    for page, data in pages.items():
+        old = parts_of(known.get(page, b""))
+        new = parts_of(data)
+        found += [page * PAGE_ROWS + i for i, hash in enumerate(new) if i >= len(old) or old[i] != hash]
+    return found
 
 
 def split(array: np.ndarray, row_chunked: bool) -> list[np.ndarray]:

@@ -16,6 +16,8 @@ import tensorstore as ts
 
 from pathways.store.compact import Compaction, compact_in_place, compact_into
 from pathways.store.locate import Database, local_folder, locked, new_context, not_a_store, plain_errors
+from pathways.store.pins import KEY as PINS
+from pathways.store.pins import check_pin, pinned, read_pins
 from pathways.store.records import (
     FORMAT,
     FORMAT_VERSION,
@@ -84,8 +86,13 @@ class Store(View):
             return cls(Database.find(path), "w", first)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], version: int | None = None, mode: Literal["r", "w"] = "r") -> Store:
+    def open(
+        cls, path: str | os.PathLike[str], version: int | str | None = None, mode: Literal["r", "w"] = "r"
+    ) -> Store:
         """Opens one version, by default the newest.
+
+        Args:
+            version: its number, or the name that it was pinned by.
 
         Raises:
             UserError: no store there, a newer format, no such version, or an older version with `mode="w"`.
@@ -96,7 +103,8 @@ class Store(View):
             database = place.at() if version is None else place.readable()
             check_format(path, database.read("format").result().value)
             newest = head_number(database)[0]
-        number = newest if version is None else version
+            pins = read_pins(database) if isinstance(version, str) else {}
+        number = newest if version is None else pinned(path, pins, version) if isinstance(version, str) else version
         if mode == "w" and number != newest:
             raise UserError(
                 f"version {number} cannot be written: only the newest can",
@@ -137,6 +145,35 @@ class Store(View):
 
         return self._commit(apply, message, check)
 
+    def pins(self) -> dict[str, int]:
+        """Names of versions, whichever of them is open here."""
+        with plain_errors(self.path, "reading the pins"):
+            return read_pins(self._database.readable())
+
+    def pin(self, name: str, version: int | None = None) -> int:
+        """Gives a version (by default the one open here) a name, by which it opens and which compaction keeps.
+
+        No version is made by it. Returns the number of the version.
+
+        Raises:
+            UserError: opened for reading, not a name, a name that another version has, or no such version.
+        """
+        check_pin(self.path, name)
+        number = self.version if version is None else version
+        with plain_errors(self.path, "pinning a version"):
+            read_version(self.path, self._database.at(), number)
+        known = self.pins()
+        if known.get(name, number) != number:
+            raise UserError("Another version has this name.", where=self.path, got=f"{name}, version {known[name]}")
+        self._write_pins({**known, name: number})
+        return number
+
+    def unpin(self, name: str) -> None:
+        """Takes a name away; the version stays until a compaction drops it."""
+        known = self.pins()
+        pinned(self.path, known, name)
+        self._write_pins({other: number for other, number in known.items() if other != name})
+
     def undo(self, message: str | None = None) -> Version:
         """Reverts to the parent of the version opened here."""
         with plain_errors(self.path, "reading the log"):
@@ -159,17 +196,19 @@ class Store(View):
     ) -> Compaction:
         """Copies what the versions `keep` need (default: the one opened here) to a new store, or in place.
 
-        In place is for local stores; other processes must open again afterwards. Kept versions keep their numbers.
+        Versions that have a name are kept as well. In place is for local stores; other processes must open again
+        afterwards. Kept versions keep their numbers.
         """
         with plain_errors(self.path, "compacting"):
             log = {version.number: version for version in self.log()}
-        kept = sorted(set(keep if keep is not None else [self.version]))
+            pins = self.pins()
+        kept = sorted({*(keep if keep is not None else [self.version]), *pins.values()})
         for number in kept:
             if number not in log:
                 raise no_such_version(self.path, number, list(log))
         sources = [(log[number], self.at(number)) for number in kept]
         if destination is not None:
-            return compact_into(self.path, os.fspath(destination), sources)
+            return compact_into(self.path, os.fspath(destination), sources, pins)
         self._must_write()
         with locked(self.path):
             with plain_errors(self.path, "reading the head"):
@@ -178,7 +217,7 @@ class Store(View):
                 raise UserError(
                     "compaction in place must keep the newest version", expected=str(max(log)), got=str(kept)
                 )
-            done = compact_in_place(self.path, sources)
+            done = compact_in_place(self.path, sources, pins)
         self._database = Database.find(self.path)
         self._move(self.version)
         return done
@@ -202,6 +241,7 @@ class Store(View):
                     "removed": stage.removed - stage.written,
                 }
                 done = Version(self.version + 1, now(), message, self.version, summary(written, stage.size), generation)
+                stage.write("format", encode_json({"format": FORMAT, "version": FORMAT_VERSION}))
                 stage.write("head", encode_json({"number": done.number}), if_equal=condition)
                 stage.write(log_key(done.number), encode_version(done))
                 with plain_errors(self.path, f"committing {message!r}"):
@@ -219,6 +259,18 @@ class Store(View):
             if "Generation mismatch" not in str(error):
                 raise
             raise self._moved(head_number(self._database.at())[0]) from None
+
+    def _write_pins(self, pins: dict[str, int]) -> None:
+        """The head is written with them, so that a commit under way elsewhere fails rather than misses them."""
+        self._must_write()
+        with locked(self.path), plain_errors(self.path, "writing the pins"):
+            database = self._database.at()
+            condition = self._must_be_newest(database)
+            transaction = ts.Transaction(atomic=True)
+            bound = database.with_transaction(transaction)
+            bound.write(PINS, encode_json(pins) if pins else None)
+            bound.write("head", encode_json({"number": self.version, "pins": sorted(pins)}), if_equal=condition)
+            transaction.commit_async().result()
 
     def _must_write(self) -> None:
         if self.mode != "w":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathways.store.records import Entry, array_digest, hash_bytes
+from pathways.store.records import Entry, array_digest, hash_bytes, into_pages
 from pathways.store.view import View
 from tasks.errors import UserError
 
@@ -39,12 +39,23 @@ def damaged_array(view: View, name: str, entry: Entry) -> list[str]:
             recorded = view.row_hashes(name, entry)
         except (UserError, ValueError):
             return [name]
-        if array_digest(entry.dtype, entry.shape, True, recorded) != entry.digest:
+        hashed = [hash_bytes(page) for page in into_pages(recorded).values()] if entry.paged else recorded
+        if array_digest(entry.dtype, entry.shape, True, hashed, entry.paged) != entry.digest:
+            return [name]
+        if entry.paged and not same_pages(view, name, entry, hashed):
             return [name]
         return [f"{name}[{i}]" for i in range(entry.num_chunks) if chunk_hash(view, name, entry, i) != recorded[i]]
     only = chunk_hash(view, name, entry, 0) if entry.num_chunks else hash_bytes(b"")
     whole = only is not None and array_digest(entry.dtype, entry.shape, False, [only]) == entry.digest
     return [] if whole else [name]
+
+
+def same_pages(view: View, name: str, entry: Entry, hashed: list[bytes]) -> bool:
+    """Whether the recorded hashes of the pages are theirs."""
+    try:
+        return view.page_hashes(name, entry) == hashed
+    except UserError:
+        return False
 
 
 def chunk_hash(view: View, name: str, entry: Entry, chunk: int) -> bytes | None:

@@ -16,7 +16,19 @@ import numpy as np
 import tensorstore as ts
 
 from pathways.store.locate import plain_errors
-from pathways.store.records import DTYPES, HASH_BYTES, Entry, chunk_key, decode_entry, hash_bytes, raw
+from pathways.store.records import (
+    DTYPES,
+    HASH_BYTES,
+    PAGE_ROWS,
+    Entry,
+    chunk_key,
+    decode_entry,
+    hash_bytes,
+    into_pages,
+    page_key,
+    parts_of,
+    raw,
+)
 from tasks.errors import UserError
 
 IN_FLIGHT = 256
@@ -79,6 +91,14 @@ class View:
                 decode_entry(data) if data else None for data in fetch(self._kv, (f"index/{name}" for name in names))
             ]
 
+    def pending(self, base: View) -> dict[str, Entry | None] | None:
+        """What an uncommitted state changes of `base`: its new index entries, `None` for a name that goes.
+
+        `None` where this is not a state on top of `base`. All writes of a commit are under these names, so that
+        whatever stands under another name is what it was.
+        """
+        return dict(self._pending) if self._base is not None and self._base is base else None
+
     def has(self, name: str) -> bool:
         return self.find([name])[0] is not None
 
@@ -107,19 +127,60 @@ class View:
         names = self.names(prefix)
         return {name: entry.digest for name, entry in zip(names, self.find(names), strict=True) if entry is not None}
 
-    def row_digests(self, name: str) -> list[str]:
-        """The content hash of each row of a row-chunked array, 32 hex digits each."""
+    def row_digests(self, name: str, rows: Rows = None) -> list[str]:
+        """The content hash of each row (or of those asked for) of a row-chunked array, 32 hex digits each."""
         entry = self.entry(name, "array")
         if not entry.row_chunked:
             raise UserError("this array has one chunk in all, so its rows have no digests", where=name)
-        return [part.hex() for part in self.row_hashes(name, entry)]
+        if rows is None:
+            return [part.hex() for part in self.row_hashes(name, entry)]
+        wanted = choose_rows(name, entry, rows).tolist()
+        pages = self.hash_pages(name, entry, sorted({row // PAGE_ROWS for row in wanted}))
+        known = {page: parts_of(data) for page, data in pages.items()}
+        return [known[row // PAGE_ROWS][row % PAGE_ROWS].hex() for row in wanted]
 
     def row_hashes(self, name: str, entry: Entry) -> list[bytes]:
-        data = self._content(f"hashes/{name}", entry.shape[0] * HASH_BYTES)
-        return [data[i : i + HASH_BYTES] for i in range(0, len(data), HASH_BYTES)]
+        """The hash of every row."""
+        if not entry.paged:
+            return parts_of(self._content(f"hashes/{name}", entry.shape[0] * HASH_BYTES))
+        return parts_of(b"".join(self.hash_pages(name, entry, range(entry.num_pages)).values()))
+
+    def page_hashes(self, name: str, entry: Entry) -> list[bytes]:
+        """The hash of every page of hashes. Pages with equal ones hold equal rows."""
+        if not entry.paged:
+            return [hash_bytes(page) for page in into_pages(self.row_hashes(name, entry)).values()]
+        return parts_of(self._content(f"hashes/{name}", entry.num_pages * HASH_BYTES))
+
+    def hash_pages(self, name: str, entry: Entry, pages: Sequence[int]) -> dict[int, bytes]:
+        """Pages of hashes by number; those past the end are left out."""
+        if not entry.paged:
+            known = into_pages(self.row_hashes(name, entry))
+            return {page: known[page] for page in pages if page in known}
+        wanted = [page for page in pages if page < entry.num_pages]
+        keys = [page_key(name, page) for page in wanted]
+        with plain_errors(self.path, f"reading hashes of {name}"):
+            found = list(fetch(self._kv, keys))
+        sizes = [min(PAGE_ROWS, entry.shape[0] - page * PAGE_ROWS) * HASH_BYTES for page in wanted]
+        checked = (self._whole(key, data, size) for key, data, size in zip(keys, found, sizes, strict=True))
+        return dict(zip(wanted, checked, strict=True))
 
     def document(self, name: str) -> Any:
         return json.loads(self.encoded(name, self.entry(name, "document")))
+
+    def documents(self, names: Iterable[str]) -> list[Any]:
+        """Several documents at once, in order: ten thousand one by one would take seconds."""
+        names = list(names)
+        entries = [
+            found if found is not None and found.kind == "document" else self.entry(name, "document")
+            for name, found in zip(names, self.find(names), strict=True)
+        ]
+        keys = [f"documents/{name}" for name in names]
+        with plain_errors(self.path, "reading documents"):
+            values = fetch(self._kv, keys)
+            return [
+                json.loads(self._unchanged(key, entry, data))
+                for key, entry, data in zip(keys, entries, values, strict=True)
+            ]
 
     def blob(self, name: str) -> bytes:
         return self.encoded(name, self.entry(name, "blob"))
@@ -127,10 +188,7 @@ class View:
     def encoded(self, name: str, entry: Entry) -> bytes:
         """The bytes of a document or blob, checked against its digest."""
         key = f"{entry.kind}s/{name}"
-        data = self._content(key)
-        if hash_bytes(data).hex() != entry.digest:
-            raise self._damaged(key, f"content of digest {entry.digest}", f"{len(data)} bytes of another")
-        return data
+        return self._unchanged(key, entry, self._content(key))
 
     def read(self, name: str, rows: Rows = None) -> np.ndarray:
         """An array, or the asked rows of it in the asked order; of a row-chunked array only those rows are read."""
@@ -173,6 +231,12 @@ class View:
     def _content(self, key: str, size: int | None = None) -> bytes:
         with plain_errors(self.path, f"reading {key}"):
             return self._whole(key, self.value(key), size)
+
+    def _unchanged(self, key: str, entry: Entry, value: bytes | None) -> bytes:
+        data = self._whole(key, value, None)
+        if hash_bytes(data).hex() != entry.digest:
+            raise self._damaged(key, f"content of digest {entry.digest}", f"{len(data)} bytes of another")
+        return data
 
     def _whole(self, key: str, value: bytes | None, size: int | None) -> bytes:
         if value is None or (size is not None and len(value) != size):

@@ -14,6 +14,7 @@ import numpy as np
 
 from pathways.adding.protect import make_probe
 from pathways.assemble import Layout, components, plan_network
+from pathways.catalogue import new_catalogue
 from pathways.config import Config, check
 from pathways.counting import to_counts
 from pathways.data import (
@@ -31,6 +32,7 @@ from pathways.devices import Placement, mesh_of
 from pathways.model import (
     STATISTICS,
     STORE,
+    TRAINED,
     Model,
     changes_for,
     create_store,
@@ -125,7 +127,7 @@ def _finished(folder: Path) -> bool:
 def _finished_model(config: Config, folder: Path) -> Model:
     """The folder's model, which must be of this configuration and this data."""
     model = Model.open(folder)
-    refuse_differences(model.manifest["trained"], fingerprint(prepare(config, lambda line: None)), folder)
+    refuse_differences(trained_from(model), fingerprint(prepare(config, lambda line: None)), folder)
     return model
 
 
@@ -145,6 +147,11 @@ def _train(config: Config, folder: Path, quiet: bool, profile: bool, console: An
         monitor.event(f"committed version {model.version} of {folder}")
     checkpoints.clear()
     return model
+
+
+def trained_from(model: Model) -> dict[str, Any]:
+    """The fingerprint that a trained model was committed with."""
+    return model.manifest["trained"] if "trained" in model.manifest else model.view.document(TRAINED)
 
 
 def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> Prepared:
@@ -280,9 +287,10 @@ def commit(prepared: Prepared, sub: SubModel, progress: Progress, folder: Path) 
     found = components(sub.flat(), prepared.layout, config.model)
     changes = changes_for(found, lambda name: 0)
     banks = [dict(layer) for layer in prepared.layout.size.experts]
-    manifest = manifest_document(config, [entry.name for entry in entries], banks)
-    manifest["trained"] = fingerprint(prepared)
-    changes.documents.update({"manifest": manifest, "tokenizer": {"json": prepared.tokenizer}})
+    pages, head = new_catalogue([entry.pathway for entry in entries])
+    manifest = manifest_document(config, head, banks)
+    whole = {"manifest": manifest, TRAINED: fingerprint(prepared), "tokenizer": {"json": prepared.tokenizer}}
+    changes.documents.update(pages | whole)
     for name, spec in prepared.gates.items():
         changes.documents[f"gates/{name}/candidates"] = spec.to_json()
     for entry in entries:

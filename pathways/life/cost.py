@@ -1,0 +1,84 @@
+"""What one task costs: parameters and bytes that are there for it alone, operations per row.
+
+Axis letters: D width, M candidates of a gate, Y outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from experts.kinds import get_kind
+from pathways.model import Model
+from pathways.pathway import encoder_names, gate_names, head_names, private
+from pathways.store.records import DTYPES, Entry
+from pathways.submodel import TaskEntry
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """The cost of one task.
+
+    Attributes:
+        parameters: numbers that are the task's alone: head, own norms, gate, rows of encoders, experts made for it.
+        bytes: of all its components on disk, documents and probe too; without the nodes of the store's tree.
+        operations: floating-point operations of the matrix products for one row (a token) on its way from the encoder
+            to the head, two for a multiply-add; products between the tokens of an example are not counted.
+    """
+
+    parameters: int
+    bytes: int
+    operations: int
+
+
+def own_names(model: Model, entry: TaskEntry) -> list[str]:
+    """Every component under the task's own name, those that exist; experts stand in banks and are not among them."""
+    task, own, pathway = entry.name, private(entry.name), entry.pathway
+    names = [f"tasks/{task}", f"cards/{task}", *head_names(task), f"norms/{own}", f"probes/{own}"]
+    names += [f"gates/{own}/candidates", *gate_names(own, model.routed_layers)]
+    if pathway.encoders == own:
+        names += encoder_names(own, model.copied(own))
+    return [name for name, found in zip(names, model.view.find(names), strict=True) if found is not None]
+
+
+def marginal(model: Model, task: str) -> Marginal:
+    """The cost of a task.
+
+    Raises:
+        UserError: no such task.
+    """
+    entry = model.entry(task)
+    names = own_names(model, entry)
+    parameters = size = 0
+    for name, found in zip(names, model.view.find(names), strict=True):
+        assert found is not None
+        if found.kind == "array":
+            parameters, size = parameters + math.prod(found.shape), size + array_bytes(found)
+        else:
+            size += len(model.view.encoded(name, found))
+    for layer, owned in zip(model.routed_layers, entry.pathway.owned, strict=False):
+        for kind, index in owned.items():
+            banks = model.view.names(f"banks/layer{layer}/{kind}/")
+            for found in model.view.find(banks):
+                assert found is not None
+                parameters += len(index) * math.prod(found.shape[1:])
+                size += len(index) * found.chunk_bytes
+    return Marginal(parameters, size, operations(model, entry))
+
+
+def array_bytes(entry: Entry) -> int:
+    return math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+
+
+def operations(model: Model, entry: TaskEntry) -> int:
+    """Operations of one row: the trunk, per routed layer the gate and the `top_k` largest candidates, the head."""
+    config = model.config.model
+    trunk = model.view.names("trunk/")
+    matrices = [found for found in model.view.find(trunk) if found is not None and len(found.shape) > 1]
+    total = sum(2 * math.prod(found.shape) for found in matrices)
+    for candidates in model.gate(entry.pathway.gate).candidates:
+        each = [
+            get_kind(kind).operations(config.width, config.hidden) for kind, index in candidates.items() for _ in index
+        ]
+        total += sum(sorted(each, reverse=True)[: config.gate.top_k]) + 2 * config.width * len(each)
+    return total + 2 * config.width * entry.fitted.num_outputs
