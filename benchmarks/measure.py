@@ -19,11 +19,21 @@ Case = TypeVar("Case", bound=Hashable)
 Row = dict[str, Any]
 
 
-def child(module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Any:
-    """Runs `python -m module arguments` to its end and gives what the last line it printed says, read as JSON."""
+def surroundings(changes: Mapping[str, str | None]) -> dict[str, str]:
+    """This process's environment with some variables set, or unset by None."""
+    changed = {**os.environ, **changes}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def child(module: str, *arguments: object, environment: Mapping[str, str | None] | None = None) -> Any:
+    """Runs `python -m module arguments` to its end and gives what the last line it printed says, read as JSON.
+
+    Args:
+        environment: see `surroundings`.
+    """
     command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=surroundings(environment or {}), capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")

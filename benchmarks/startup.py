@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.measure import ROOT, Row, child, print_table, seconds, spread, write_json
+from benchmarks.measure import ROOT, Row, child, print_table, seconds, spread, surroundings, write_json
 
 PROGRAMS, LOADED = "/jax/core/compile/backend_compile_duration", "/jax/compilation_cache/cache_hits"
 
@@ -46,17 +46,21 @@ def count(words: Sequence[str]) -> Row:
     return {"programs": found[PROGRAMS], "compiled": found[PROGRAMS] - found[LOADED]}
 
 
-def surroundings(cache: Path) -> dict[str, str]:
-    """The environment of a user whose caches are under `cache`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    return {**kept, "PATHWAYS_CACHE": str(cache)}
+def of_user(cache: Path) -> dict[str, str | None]:
+    """What the environment of a user whose caches are under `cache` has otherwise."""
+    return {**{name: None for name in os.environ if name.startswith("JAX_")}, "PATHWAYS_CACHE": str(cache)}
 
 
 def run(words: Sequence[object], cache: Path) -> float:
     """Runs `pathways words` to its end; the time it was started."""
     command, began = [sys.executable, "-m", "pathways", *map(str, words)], time.time()
     done = subprocess.run(
-        command, cwd=ROOT, env=surroundings(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+        command,
+        cwd=ROOT,
+        env=surroundings(of_user(cache)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(done.stderr.decode())
@@ -105,13 +109,13 @@ def starts(folder: Path, config: Path, repeats: int) -> dict[str, list[float]]:
 
 def counted(folder: Path, config: Path) -> list[Row]:
     """The programs of each command, started for the second time."""
-    cache, lines = surroundings(folder / "cache"), []
+    environment, lines = of_user(folder / "cache"), []
     commands = {
         "train": ["train", config, "--out", folder / "counted", "--quiet"],
         "predict": ["predict", folder / "model0", "task0", folder / "data" / "task0-test.csv", "-o", folder / "p.csv"],
     }
     for name, words in commands.items():
-        lines.append({"command": name, **child("benchmarks.startup", "--count", *words, environment=cache)})
+        lines.append({"command": name, **child("benchmarks.startup", "--count", *words, environment=environment)})
     return lines
 
 
