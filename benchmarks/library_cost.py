@@ -244,7 +244,7 @@ def draw(path: Path, label: str, table: dict[int, dict[str, list[float]]]) -> No
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     sizes = list(table)
-    for name in (name for name in COLUMNS if name != "retrieval s"):
+    for name in (name for name in table[sizes[0]] if name != "retrieval s"):
         values = [statistics.median(table[size][name]) for size in sizes]
         axes.plot(sizes, [value / values[0] for value in values], marker="o", label=name.rpartition(" ")[0])
     axes.axhline(1.1, color="0.6", linestyle="--", linewidth=1)
