@@ -34,7 +34,7 @@ import numpy as np
 
 from pathways.adding import add_task, undo
 from pathways.config import Config, GateOptions, ModelConfig, TrainConfig
-from pathways.model import Model, manifest_with, open_for_writing, row_chunked, task_document
+from pathways.model import RETRIEVAL, Model, manifest_with, open_for_writing, row_chunked, task_document
 from pathways.pathway import Experts, GateSpec, encoder_names, gate_names, head_names, private
 from pathways.store import Changes
 from tasks.encoded import EncoderSettings
@@ -68,7 +68,7 @@ def first_model(folder: Path, experts: int) -> Path:
     from pathways.training.joint import train
 
     config = Config(
-        model=ModelConfig(width=64, layers=2, heads=2, hidden=256, experts={"mlp": experts}, gate=GateOptions(top_k=2)),
+        model=ModelConfig(width=64, layers=2, heads=2, hidden=128, experts={"mlp": experts}, gate=GateOptions(top_k=2)),
         encoders=EncoderSettings(vocab_size=512, max_length=32, column_buckets=64, category_buckets=128),
         train=TrainConfig(steps=20, rows=4, eval_every=10, log_every=10, checkpoint_every=20),
         tasks=tuple(clouds(folder / "data", f"joint{i}", i) for i in range(3)),
@@ -97,7 +97,7 @@ def copies(model: Model, names: Sequence[str], rng: np.random.Generator) -> Chan
     arrays = model.view.read_many({n: None for n in parts if model.view.has(n) and not n.endswith("/copied")})
     card, probe = model.view.document("cards/pattern"), model.view.blob(f"probes/{old}")
     sizes = [dict(layer) for layer in model.bank_sizes]
-    pathways = []
+    pathways, embedded = [], []
     for name in names:
         owned = tuple(
             {k: tuple(size[k] + i for i in range(len(v))) for k, v in layer.items()}
@@ -110,6 +110,7 @@ def copies(model: Model, names: Sequence[str], rng: np.random.Generator) -> Chan
         pathways.append(replace(entry.pathway, task=name, norms=own, gate=own, encoders=own, owned=owned))
         fitted = replace(entry.fitted, task=replace(entry.fitted.task, name=name))
         notes = {**entry.notes, "profile": profile(entry.notes["profile"], rng)}
+        embedded.append(np.asarray(notes["profile"]["embedding"]))
         changes.documents |= {
             f"tasks/{name}": task_document(replace(entry, fitted=fitted, pathway=pathways[-1], notes=notes)),
             f"gates/{own}/candidates": exchanged(gate, entry.pathway.owned, owned).to_json(),
@@ -125,6 +126,7 @@ def copies(model: Model, names: Sequence[str], rng: np.random.Generator) -> Chan
         layer = model.routed_layers.index(int(number.removeprefix("layer")))
         rows = sizes[layer][kind] - shape[0]
         changes.append[bank] = rng.standard_normal((rows, *shape[1:]), np.float32).astype(dtype) / 8
+    changes.append[RETRIEVAL] = np.stack(embedded).astype(np.float32)
     pages, head = model.catalogue.changed(add=pathways)
     changes.documents |= {**pages, "manifest": manifest_with(model, catalogue=head, banks=sizes)}
     return changes
@@ -242,7 +244,7 @@ def draw(path: Path, label: str, table: dict[int, dict[str, list[float]]]) -> No
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     sizes = list(table)
-    for name in (name for name in COLUMNS if name != "retrieval s"):
+    for name in (name for name in table[sizes[0]] if name != "retrieval s"):
         values = [statistics.median(table[size][name]) for size in sizes]
         axes.plot(sizes, [value / values[0] for value in values], marker="o", label=name.rpartition(" ")[0])
     axes.axhline(1.1, color="0.6", linestyle="--", linewidth=1)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from experts.compute import choose_backend
 from pathways import report
 from pathways.life.cost import marginal, operations
-from pathways.model import STORE, Model, beside
+from pathways.model import RETRIEVAL, STORE, Model, beside
 from pathways.pathway import encoder_names, gate_names, head_names, private
 from pathways.store import Store
 from pathways.store.compact import stored_bytes
@@ -40,7 +40,8 @@ class Sizes:
         self.model = model
         names = model.view.names()
         found = zip(names, model.view.find(names), strict=True)
-        self.arrays = {name: entry for name, entry in found if entry is not None and entry.kind == "array"}
+        arrays = {name: entry for name, entry in found if entry is not None and entry.kind == "array"}
+        self.arrays = {name: entry for name, entry in arrays.items() if name != RETRIEVAL}  # which computes nothing
 
     @property
     def total(self) -> int:

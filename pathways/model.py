@@ -33,6 +33,8 @@ from tasks.tokenizer import Tokenizer
 STORE, STATISTICS = "store", "statistics"
 TRAINED = "trained"
 """The document with what joint training was given, by which a run that is started again is known."""
+RETRIEVAL = "retrieval/embedding"
+"""The array by which similar tasks are found; see `pathways.retrieval`."""
 FORMAT = 2
 """Version of the documents and of what the components mean; the store has one of its own."""
 KEPT = 4
@@ -45,8 +47,8 @@ def beside(path: str | os.PathLike[str], name: str) -> str:
 
 
 def row_chunked(name: str) -> bool:
-    """Banks are stored one chunk per expert; everything else whole."""
-    return name.startswith("banks/")
+    """Banks are stored one chunk per expert, the index of tasks one per task; everything else whole."""
+    return name.startswith("banks/") or name == RETRIEVAL
 
 
 class Model:

@@ -60,12 +60,14 @@ def test_the_score_is_the_own_share_plus_that_of_the_nearest(
         for name, row in usage.items()
     }
     model: Any = SimpleNamespace(
-        entries=lambda: [SimpleNamespace(name=name, notes={"profile": known[name]}) for name in ("near", "far")],
+        entries=lambda names: [SimpleNamespace(name=name, notes={"profile": known[name]}) for name in names],
         bank_sizes=[{"mlp": 4}],
         manifest={},
         config=tiny_model.config,
         routed_layers=[0],
     )
+    others = {name: np.array(known[name]["embedding"]) for name in ("near", "far")}
+    monkeypatch.setattr(search, "embeddings", lambda model: others)
     monkeypatch.setattr(search, "profiles", lambda sub, examples: {"new": known["own"]})
     sub: Any = SimpleNamespace(names=("new",))
     rows: Any = SimpleNamespace(__len__=lambda self: 0)

@@ -22,6 +22,7 @@ from pathways.assemble import Part, components
 from pathways.model import Model, changes_for, manifest_with, open_for_writing, row_chunked, task_document
 from pathways.pathway import EncoderCopy, Experts, GateSpec
 from pathways.report import Card
+from pathways.retrieval import append_row
 from pathways.store import Changes, Version
 from pathways.store.view import View
 from pathways.submodel import SubModel, TaskEntry
@@ -165,6 +166,7 @@ def changes(model: Model, trained: Trained) -> Changes:
         return model.bank_sizes[layers[layer]].get(kind, 0)
 
     made = changes_for(found, size)
+    append_row(made, model, model.catalogue.next, trained.entry.notes)
     pages, manifest = grown_manifest(model, trained)
     made.documents = {
         **pages,

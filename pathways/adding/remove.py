@@ -12,6 +12,7 @@ from pathways.adding.protect import Allowed, check
 from pathways.adding.search import free_experts
 from pathways.model import STORE, Model, beside, manifest_with, open_for_writing, row_chunked
 from pathways.pathway import Experts, encoder_names, gate_names, head_names, private
+from pathways.retrieval import clear_row
 from pathways.store import Changes, Store, Version
 from tasks.errors import UserError
 
@@ -41,7 +42,9 @@ def remove_task(model_path: str | os.PathLike[str], name: str) -> Version:
         if index:
             shape, dtype, _ = model.view.array_info(bank)
             changes.put_rows[bank] = (np.array(index), np.zeros((len(index), *shape[1:]), dtype))
-    free = {**_rows(model, free_experts(model)), **rows}
+    line = model.catalogue.find(name)
+    assert line is not None
+    free = {**_rows(model, free_experts(model)), **rows, **clear_row(changes, model, line.number)}
     allowed = Allowed(removed=frozenset(names), rows=free)
     protect = check(model, allowed, first=entry.pathway.parents)
     return store.commit(changes, f"removed task {name}", row_chunked=row_chunked, check=protect)

@@ -22,6 +22,7 @@ from pathways.model import Model
 from pathways.pathway import BASE, Experts
 from pathways.profile import profiles
 from pathways.report import Reused
+from pathways.retrieval import embeddings
 from pathways.submodel import SubModel
 from tasks.cache import EncodedSplit
 from tasks.errors import UserError
@@ -29,6 +30,8 @@ from tasks.errors import UserError
 SAMPLE_ROWS = 256
 NEAREST = 3
 """Tasks whose experts speak for a new one."""
+AROUND = 64
+"""Tasks, the nearest, among which the users of an expert are looked for."""
 USERS = 3
 """Tasks that the card names for an expert."""
 
@@ -91,9 +94,9 @@ def choose(model: Model, sub: SubModel, train: EncodedSplit, *, per_layer: int, 
     task = sub.names[0]
     sample = [train.example(i) for i in subset(train, SAMPLE_ROWS, seed)]
     own = profiles(sub, {task: sample})[task]
-    entries = model.entries()
-    known = {entry.name: found for entry in entries if (found := entry.notes.get("profile"))}
-    near = nearest_tasks(np.array(own["embedding"]), {name: np.array(p["embedding"]) for name, p in known.items()})
+    around = nearest_tasks(np.array(own["embedding"]), embeddings(model), AROUND, least=-np.inf)
+    known = {entry.name: entry.notes["profile"] for entry in model.entries(list(around))}
+    near = {name: cosine for name, cosine in list(around.items())[:NEAREST] if cosine > 0}
     slots = [_slots(model, layer) for layer in range(len(model.bank_sizes))]
     scores = []
     for layer, names in enumerate(slots):
@@ -109,8 +112,10 @@ def choose(model: Model, sub: SubModel, train: EncodedSplit, *, per_layer: int, 
     return Choice(experts, ranked, tuple(near), tuple(near.values()), reused, tuple(own["embedding"]))
 
 
-def nearest_tasks(own: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """At most `NEAREST` tasks with a positive cosine to `own [D]`, nearest first."""
+def nearest_tasks(
+    own: np.ndarray, others: Mapping[str, np.ndarray], most: int = NEAREST, least: float = 0.0
+) -> dict[str, float]:
+    """At most so many tasks with a cosine to `own [D]` above `least`, nearest first."""
     if not others:
         return {}
     table = np.stack(list(others.values()))
@@ -118,8 +123,8 @@ def nearest_tasks(own: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str
     centre = table.mean(axis=0) if len(table) > 2 else np.zeros_like(own)
     table, own = table - centre, own - centre
     cosine = table @ own / np.maximum(np.linalg.norm(table, axis=1) * np.linalg.norm(own), 1e-12)
-    order = np.argsort(-cosine, kind="stable")[:NEAREST]
-    return {list(others)[i]: float(cosine[i]) for i in order if cosine[i] > 0}
+    names = list(others)
+    return {names[i]: float(cosine[i]) for i in np.argsort(-cosine, kind="stable")[:most] if cosine[i] > least}
 
 
 def shares(profile: Mapping[str, Any], layer: int, slots: Sequence[Slot]) -> np.ndarray:

@@ -16,6 +16,7 @@ from pathways.adding.protect import Allowed, check, probe_logits, read_probe
 from pathways.adding.remove import private_names
 from pathways.model import Model, manifest_with, open_for_writing, row_chunked, task_document
 from pathways.pathway import BASE, Pathway, encoder_names, gate_names, head_names, private
+from pathways.retrieval import append_row
 from pathways.store import Changes, Version
 from pathways.store.store import Check
 from pathways.store.view import View
@@ -53,6 +54,7 @@ def copy_task(model_path: str | os.PathLike[str], task: str, new: str) -> Versio
     notes = {key: value for key, value in entry.notes.items() if key != "was"}
     made = renamed_entry(entry, new, pathway, notes)
     changes = moved(model, entry, pathway)
+    append_row(changes, model, model.catalogue.next, notes)
     pages, head = model.catalogue.changed(add=[pathway])
     documents = {**pages, f"tasks/{new}": task_document(made), "manifest": manifest_with(model, catalogue=head)}
     changes.documents |= documents

@@ -30,6 +30,7 @@ from pathways.data import (
 )
 from pathways.devices import Placement, mesh_of
 from pathways.model import (
+    RETRIEVAL,
     STATISTICS,
     STORE,
     TRAINED,
@@ -45,6 +46,7 @@ from pathways.pathway import BASE, GateSpec, Pathway, private
 from pathways.predictions import predict_examples
 from pathways.profile import PROFILE_ROWS, profiles
 from pathways.quality import Chosen, figures, mean_quality, quality
+from pathways.retrieval import table_of
 from pathways.statistics.writer import StatisticsWriter
 from pathways.store import Store
 from pathways.submodel import SubModel, TaskEntry, initial_submodel
@@ -291,6 +293,7 @@ def commit(prepared: Prepared, sub: SubModel, progress: Progress, folder: Path) 
     manifest = manifest_document(config, head, banks)
     whole = {"manifest": manifest, TRAINED: fingerprint(prepared), "tokenizer": {"json": prepared.tokenizer}}
     changes.documents.update(pages | whole)
+    changes.put[RETRIEVAL] = table_of(entries, config.model.width)
     for name, spec in prepared.gates.items():
         changes.documents[f"gates/{name}/candidates"] = spec.to_json()
     for entry in entries:
