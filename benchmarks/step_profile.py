@@ -152,10 +152,10 @@ def draw(spans: list[Span], lines: list[Row], path: Path) -> None:
     shown = [line["part"] for line in lines if line["part"] not in (LEFT, "step")]
     colours = dict(zip(shown, plt.get_cmap("tab20").colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
     figure, (top, below) = plt.subplots(2, 1, figsize=(7.5, 4.2), height_ratios=[2, 3], layout="constrained")
-    threads = sorted({span.thread for span in spans})
+    threads = sorted({span.thread for span in spans if span.own > 0.1})
     for part in shown:
         for thread in threads:
-            bars = [(s.start, s.length) for s in spans if (s.part, s.thread) == (part, thread) and s.own > 0.02]
+            bars = [(s.start, s.length) for s in spans if (s.part, s.thread) == (part, thread) and s.own > 0.1]
             if bars:
                 top.broken_barh(bars, (thread - 0.4, 0.8), color=colours[part], linewidth=0)
     top.set(xlim=(0, length_of(spans)), xlabel="milliseconds of one step")
