@@ -1,6 +1,6 @@
 """Adding a task to a model: search, train what is new, measure, check the old tasks, commit.
 
-The whole in one line each: `search` chooses experts, `start` lays out the sub-model, `fit` trains it, `baselines` says
+The whole in one line each: `search` ranks experts, `pathways.search` finds the pathway and trains it, `baselines` says
 what it is worth, `protect` guards the old tasks, `commit` writes.
 """
 
@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,26 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 from pathways.adding import baselines
 from pathways.adding.commit import Trained, commit, fingerprint, new_parameters, take_apart
-from pathways.adding.fit import (
-    Recipe,
-    fit,
-    make_recipe,
-    metric_of,
-    metrics_of,
-    own_part,
-)
+from pathways.adding.fit import Recipe, make_recipe, metric_of, metrics_of, own_part
 from pathways.adding.protect import make_probe
 from pathways.adding.search import Choice, choose, reference
-from pathways.adding.start import Start, prepare, reference_submodel, touched
+from pathways.adding.start import Start, reference_submodel, touched
 from pathways.data import Data, cache_folder, encode_tasks, fit_tasks, streams_of, subset
 from pathways.evaluation import Sum, record
 from pathways.model import Model, open_for_writing
 from pathways.monitor import Monitor
 from pathways.predictions import predict_examples
 from pathways.profile import PROFILE_ROWS, profiles
-from pathways.report import Card
+from pathways.report import Card, Reused
+from pathways.search.arena import Arena
+from pathways.search.find import EFFORTS, METHODS, Effort, Found, Method, Options, Search, Tried, budget
+from pathways.search.folds import FOLDS, Folds
+from pathways.search.ground import make_ground
 from pathways.submodel import SubModel, initial_submodel
-from pathways.training.loop import Progress
 from tasks.cache import EncodedSplit
 from tasks.check import check_name
 from tasks.encoded import Example
@@ -51,6 +47,7 @@ from tasks.spec import Task
 if TYPE_CHECKING:
     from rich.console import Console
 
+ADAPTER_RANK = 8
 PROBE_EXAMPLES = 4
 """Examples of the new task kept in the model, by which later commits are checked."""
 
@@ -76,6 +73,9 @@ def add_task(
     own_encoder: bool = True,
     steps: int | None = None,
     learning_rate: float | None = None,
+    search: Method = "evolution",
+    effort: Effort = "medium",
+    max_parameters: int | None = None,
     seed: int = 0,
     quiet: bool = False,
     console: Console | None = None,
@@ -83,12 +83,15 @@ def add_task(
     """Adds a task to a model without touching what its other tasks use, and commits a new version.
 
     Args:
-        new_experts: fresh experts per routed layer; 0 reuses only.
+        new_experts: own experts, copied or fresh, that a routed layer may get; 0 reuses only.
         candidates: experts per routed layer taken from those that exist; at least the gate's `top_k`.
-        own_encoder: train a copy of what the task's rows touch of the encoders (the embeddings of its words, ...);
-            without, the shared ones as they are.
-        steps: optimizer steps; by default about 10 epochs, from 100 to 800.
+        own_encoder: let the search train a copy of what the task's rows touch of the encoders (the embeddings of its
+            words, ...); without, the shared ones as they are.
+        steps: optimizer steps of a fine-tuning; by default about 10 epochs, from 100 to 800.
         learning_rate: the peak; by default the model's own.
+        search: how candidates are chosen: `none`, `evolution` or `reinforce`.
+        effort: how many are tried: `low`, `medium` or `high`.
+        max_parameters: the most parameters that are the task's own.
         seed: of the search's sample, fresh parameters and the order of data.
         quiet: print nothing.
 
@@ -103,19 +106,23 @@ def add_task(
     say = _speaker(quiet, console)
     _, model = open_for_writing(model_path)
     _check_request(model, task, new_experts, candidates, steps, learning_rate)
+    options = _options(search, effort, max_parameters)
     fitted, splits = _data(model, task, say)
     recipe = make_recipe(model.config, splits.train, steps, learning_rate, seed)
     borrowed = reference_submodel(model, fitted, streams_of(fitted), reference(model), seed)
     choice = choose(model, borrowed, splits.train, per_layer=candidates, seed=seed)
     say(_found(choice))
     copied = touched(model, splits.train) if own_encoder else {}
-    start = prepare(model, borrowed, choice, new_experts, seed, copied)
+    users = len(model.groups().get(reference(model), ()))
+    extent = {"new_experts": new_experts, "rank": ADAPTER_RANK, "users": users, "seed": seed}
+    ground = make_ground(model, borrowed, choice, copied, **extent)
+    folds = Folds(fitted, splits.train, splits.valid, model.config.train.eval_rows, seed)
+    say(_plan(folds, recipe, options))
+    with _monitor(model.path, task.name, _most_steps(folds, recipe, options), quiet, console) as monitor:
+        found = Search(ground, Arena(ground.start, recipe, monitor), folds, options, _teller(say)).run()
+    start, sub = found.start, found.start.sub
     digests = fingerprint(model.view, start.borrowed)
-    own = own_part(start)
-    trainable = own.count(start.sub.params)
-    say(_plan(start, recipe, trainable))
-    with _monitor(model.path, task.name, recipe.config.steps, quiet, console) as monitor:
-        sub, progress = fit(start.sub, splits.train, splits.valid, recipe, monitor, trainable=own)
+    trainable = own_part(start).count(sub.params)
     whole, rows = take_apart(start, sub)
     value = metric_of(sub, splits.held)
     say("measuring the baselines")
@@ -128,13 +135,13 @@ def add_task(
         time.monotonic() - began,
         trainable,
         new_parameters(whole, rows),
-        choice.reused,
-        _notes(start, splits, choice),
+        _still_reused(start, choice),
+        _notes(start, splits, choice, found),
     )
     sample = [splits.train.example(i) for i in subset(splits.train, PROFILE_ROWS)]
-    entry = replace(start.entry, notes=_task_notes(sub, sample, choice, progress, splits.valid))
+    entry = replace(start.entry, notes=_task_notes(sub, sample, choice, found, splits.valid))
     probe = make_probe(sub, {task.name: sample[:PROBE_EXAMPLES]})
-    ready = Trained(entry, start.gate, start.fresh, copied, whole, rows, digests, card, probe)
+    ready = Trained(entry, start.gate, start.fresh, start.copied, whole, rows, digests, card, probe)
     version, _ = commit(model_path, ready, start.borrowed, seed)
     _record_routing(model_path, task.name, sample)
     say(f"committed version {version.number}; old tasks checked: bytes and logits are what they were")
@@ -236,7 +243,7 @@ def _baselines(
 
 
 def _task_notes(
-    sub: SubModel, sample: list[Example], choice: Choice, progress: Progress, valid: EncodedSplit
+    sub: SubModel, sample: list[Example], choice: Choice, found: Found, valid: EncodedSplit
 ) -> dict[str, Any]:
     """Notes kept with the task. The profile's usage is its own after training; its embedding that of the reference,
     so that the embeddings of all tasks are of one kind."""
@@ -244,7 +251,14 @@ def _task_notes(
     return {
         "valid": {name: value for name, value in metrics_of(sub, valid).items() if math.isfinite(value)},
         "profile": {"embedding": list(choice.embedding), "usage": usage},
-        "steps": progress.best_step,
+        "steps": found.steps,
+        "search": {
+            "why": found.why,
+            "pathway": found.genotype.to_json(),
+            "copies": [list(slots) for slots in found.copies],
+            "whole": found.whole,
+            "tried": [asdict(one) for one in found.tried],
+        },
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -254,20 +268,54 @@ def _found(choice: Choice) -> str:
     return f"nearest tasks: {near}" if near else "no task is near: experts are chosen by the new task's own gate scores"
 
 
-def _plan(start: Start, recipe: Recipe, trainable: int) -> str:
-    layers = len(start.fresh)
-    reused = sum(len(index) for layer in start.gate.candidates for index in layer.values())
-    fresh = sum(len(index) for layer in start.fresh for index in layer.values())
+def _options(search: str, effort: str, max_parameters: int | None) -> Options:
+    for where, given, known in (("search", search, METHODS), ("effort", effort, EFFORTS)):
+        if given not in known:
+            raise UserError("An unknown choice.", where=where, expected=" or ".join(known), got=given)
+    if max_parameters is not None and max_parameters < 1:
+        raise UserError(
+            "A number is too small.", where="max_parameters", expected="at least 1", got=str(max_parameters)
+        )
+    return Options(search, effort, max_parameters)  # type: ignore[arg-type]
+
+
+def _plan(folds: Folds, recipe: Recipe, options: Options) -> str:
     config = recipe.config
+    if folds.tiny:
+        return f"{len(folds.rows):,} labelled rows are too few to train on: only the head and its pathway are chosen"
+    judges = f"{FOLDS} folds of {len(folds.rows):,} rows" if folds.few else f"{len(folds.folds[0].held):,} rows"
     return (
-        f"{reused - fresh} experts reused and {fresh} new in {layers} layers; {trainable / 1e6:.3g}M parameters to "
-        f"train, at most {config.steps} steps of {config.rows} packed rows, learning rate {config.learning_rate:g}"
+        f"search: {options.method}, {options.effort} effort, judged by {judges}; a fine-tuning has {config.steps} "
+        f"steps of {config.rows} packed rows, learning rate {config.learning_rate:g}; at most "
+        f"{_most_steps(folds, recipe, options):,} steps in all"
     )
 
 
-def _notes(start: Start, splits: Splits, choice: Choice) -> tuple[str, ...]:
+def _most_steps(folds: Folds, recipe: Recipe, options: Options) -> int:
+    """The budget of a search in optimizer steps."""
+    return 1 if folds.tiny else round(budget(options, folds.few) * recipe.config.steps)
+
+
+def _teller(say: Say) -> Callable[[Tried], None]:
+    """Prints each candidate as it has been tried."""
+
+    def tell(one: Tried) -> None:
+        note = f"  {one.note}" if one.note else ""
+        say(f"  {one.stage:<10} {one.score:8.4f}  {one.parameters / 1e3:6.0f}K  {one.candidate}{note}")
+
+    return tell
+
+
+def _still_reused(start: Start, choice: Choice) -> tuple[Reused, ...]:
+    """Of the candidate experts those that the pathway kept."""
+    layers = dict(zip(start.sub.config.model.routed_layers, start.gate.candidates, strict=True))
+    return tuple(one for one in choice.reused if one.expert in layers[one.layer].get(one.kind, ()))
+
+
+def _notes(start: Start, splits: Splits, choice: Choice, found: Found) -> tuple[str, ...]:
     rows = f"{len(splits.train):,} training rows; scored on {len(splits.held):,} rows of {splits.held_name}"
-    notes = [rows, _found(choice)]
+    cost = f"{found.steps / found.whole:.1f} fine-tunings" if found.steps else "no training step"
+    notes = [rows, _found(choice), f"pathway {found.genotype}: {found.why}; the search cost {cost}"]
     if splits.held_name != "test":
         notes.append(f"no test rows: the score is on {splits.held_name} rows and may flatter all but the constant")
     notes += [
