@@ -26,8 +26,9 @@ from pathways.adding.start import Start
 from pathways.config import TrainConfig
 from pathways.monitor import Monitor
 from pathways.network.network import Outputs
-from pathways.predictions import predict_examples
+from pathways.predictions import Predicted, predict_examples
 from pathways.quality import metric_values, quality
+from pathways.search.head import row_losses
 from pathways.submodel import SubModel
 from pathways.training.loop import stopping_softly
 from pathways.training.optimizer import make_optimizer, make_schedule, names
@@ -35,6 +36,7 @@ from pathways.training.step import per_example_loss
 from pathways.training.trainable import Trainable
 from tasks.encoded import Example
 from tasks.errors import UserError
+from tasks.fitted import FittedTask
 from tasks.metrics import example_losses
 from tasks.pack import Packer
 
@@ -44,6 +46,9 @@ UNFREEZE = 0.25
 """The part of a training after which all layers train; the uppermost trains from the start."""
 MANY = 200
 """Held rows from which the chief metric is trusted to choose; below, losses are, which are less coarse."""
+
+SCALES = tuple(np.geomspace(0.1, 2.0, 14).tolist())
+"""What logits may be multiplied by before their losses are compared."""
 
 Rates = Callable[[tuple[str, ...]], Any]
 """A leaf's path -> its rate, a number or one for each of its own rows."""
@@ -83,6 +88,18 @@ class Arena:
         self.spent = 0
         # The sign is that of a descent; the schedule comes with each step, so that trainings of any length share it.
         self._optimizer = make_optimizer(recipe.config, lambda count: 1.0)
+
+    @cached_property
+    def _begin(self) -> Any:
+        def begin(params: Any) -> Any:
+            trained, rest = self.own.split(params)
+            return (trained, rest), (jax.tree.map(jnp.copy, trained), self._optimizer.init(trained))
+
+        return jax.jit(begin)
+
+    @cached_property
+    def _join(self) -> Any:
+        return jax.jit(self.own.join)
 
     @cached_property
     def _step(self) -> Any:
@@ -131,8 +148,7 @@ class Arena:
         Raises:
             UserError: it was stopped by a signal.
         """
-        trained, rest = self.own.split(candidate.params)
-        state = jax.tree.map(jnp.copy, (trained, self._optimizer.init(trained)))
+        (trained, rest), state = self._begin(candidate.params)
         constant = (rest, candidate.bias, candidate.table)
         schedule, tree = make_schedule(_lasting(self.recipe.config, steps)), self._rates(trained, rates)
         stream, found, bad = self.batches(rows, seed), [], 0
@@ -146,7 +162,7 @@ class Arena:
                     self._monitor.log(self.spent, {"train/loss": float(loss)})
                 if at in looks:
                     bad = 0 if bool(fine) else bad + 1
-                    params = self.own.join(jax.tree.map(jnp.copy, state[0]), rest)
+                    params = self._join(state[0], rest)
                     found.append(self.look(with_params(candidate, params), held, at))
                     if bad > 1 or not _hopeful(found, patience):
                         break
@@ -157,7 +173,7 @@ class Arena:
         return found
 
     def look(self, candidate: SubModel, held: Sequence[Example], step: int = 0) -> Look:
-        """Scores parameters on held rows.
+        """Scores parameters on held rows, by `calibrated_losses`.
 
         The score is the chief metric, where losses decide between equals; of fewer than `MANY` rows, minus the mean
         loss. Without rows every step counts as better than the one before.
@@ -167,10 +183,7 @@ class Arena:
         fitted, task = candidate.entries[0].fitted, candidate.names[0]
         found = predict_examples(candidate, {task: held})[task]
         value = quality(fitted, found, held)
-        values, targets = metric_values(fitted, found, held)
-        losses = example_losses(fitted, values, targets, found.mask)
-        if fitted.task.target.kind == "regression":
-            losses = losses / max(float(np.mean(np.square(fitted.target_std))), 1e-12)
+        losses = calibrated_losses(fitted, found, held)
         loss = float(np.mean(losses))
         coarse = (value if np.isfinite(value) else -1.0) - LOSS_WEIGHT * loss / (1 + loss)
         return Look(step, coarse if len(held) >= MANY else -loss, value, losses, candidate.params)
@@ -210,9 +223,29 @@ class Arena:
 
         def rate(path: Any, rates: np.ndarray) -> np.ndarray:
             depth = _depth(names(path), layers)
-            return rates if progress >= UNFREEZE * depth / (layers + 1) else rates * 0.0
+            return rates if progress >= UNFREEZE * depth / (layers + 1) else np.zeros_like(rates)
 
         return jax.tree_util.tree_map_with_path(rate, tree)
+
+
+def calibrated_losses(fitted: FittedTask, found: Predicted, held: Sequence[Example]) -> np.ndarray:
+    """`[n]`: losses of the predictions, their logits multiplied by the one number that makes the mean least.
+
+    So that what learned more is not refused for being too sure, which few rows teach quickly (Guo et al. 2017).
+    Squared errors are in deviations of the target; of tagging, the part of wrong words is the loss.
+    """
+    kind = fitted.task.target.kind
+    if kind == "tagging":
+        values, targets = metric_values(fitted, found, held)
+        return example_losses(fitted, values, targets)
+    mask = np.ones_like(found.targets) if found.mask is None else found.mask
+    if kind == "regression":
+        spread = np.maximum(np.array(fitted.target_std), 1e-12)
+        return row_losses(kind, found.values / spread, found.targets / spread, mask)
+    p = np.clip(np.asarray(found.values, np.float64), 1e-12, 1 - 1e-12)
+    logits = np.log(p) - (np.log1p(-p) if kind == "multilabel" else 0.0)
+    tried = [row_losses(kind, logits * scale, found.targets, mask) for scale in SCALES]
+    return min(tried, key=lambda losses: float(losses.mean()))
 
 
 def with_params(sub: SubModel, params: Any) -> SubModel:
@@ -224,7 +257,12 @@ def with_params(sub: SubModel, params: Any) -> SubModel:
 
 def between(start: Any, end: Any, part: float) -> Any:
     """Parameters on the straight line from `start` to `end` (Wortsman et al. 2022, WiSE-FT)."""
-    return jax.tree.map(lambda a, b: a if a is b else (a + part * (b - a)).astype(a.dtype), start, end)
+    return end if part == 1 else _between(start, end, np.float32(part))
+
+
+@jax.jit
+def _between(start: Any, end: Any, part: jax.Array) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(a == b, a, a + part * (b - a)).astype(a.dtype), start, end)
 
 
 def _hopeful(looks: Sequence[Look], patience: int | None) -> bool:

@@ -12,9 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from pathways.predictions import packed, run_shape
+from pathways.predictions import is_little, packed, run_shape
 from pathways.submodel import SubModel
 from tasks.encoded import Example
+
+LITTLE = 256
+"""Examples whose tokens are counted to see whether there are few."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def activations(sub: SubModel, examples: Sequence[Example], *, statistics: bool 
     """
     task, outputs = sub.names[0], sub.entries[0].fitted.num_outputs
     levels, pooled, y, mask = [], [], [], []
-    shape = run_shape(sub, sub.entries[0].pathway.streams)
+    # The shape that `predict_examples` would take, so that both share a program.
+    little = is_little(sub, len(examples), sum(example.length for example in examples[:LITTLE]))
+    shape = run_shape(sub, sub.entries[0].pathway.streams, little)
     for batch, held in packed(sub, shape, ((task, example) for example in examples)):
         out = jax.device_get(sub.run(batch, statistics=statistics)._replace(layers=()))
         pooled.append(out.pooled[: len(held)])

@@ -105,11 +105,11 @@ class Found:
 def budget(options: Options, few: bool) -> float:
     """The most fine-tunings that a search takes.
 
-    With few rows the folds take half a one each and so do all rows together; else growth comes after the one.
+    With few rows every fold takes one and so do all rows together; else growth comes after the one.
     """
     effort: Effort = "low" if few else options.effort
     rungs = RUNGS[effort] if options.method != "none" else ()
-    tuning = (FOLDS + 1) / 2 if few else 1 + GROWTHS[options.effort] * GROWTH_PART
+    tuning = FOLDS + 1 if few else 1 + GROWTHS[options.effort] * GROWTH_PART
     return sum(rung.candidates * rung.part for rung in rungs) + tuning
 
 
@@ -226,7 +226,7 @@ class Search:
         ways = [(part, with_params(sub, between(looks[0].params, last.params, part))) for part in PARTS]
         seen = [(part, self.arena.look(way, fold.held, last.step)) for part, way in ways]
         part, best = max(seen, key=lambda pair: pair[1].score)
-        taken = best.score > before.score
+        taken = self.better(before.score, best.score)
         self._note("fine-tune", one, looks[-1].step, best.score, began, f"step {best.step}, {part:.0%} of the way")
         if not taken:
             return plain, frozen, "no training was better on validation than the head start on the frozen pathway"
@@ -235,13 +235,13 @@ class Search:
     def _tune_few(self, one: Genotype, plain: Genotype) -> tuple[Genotype, SubModel, str]:
         """Every fold says what training would give on rows that it did not see; then all rows are trained on."""
         began, steps = time.monotonic(), self.whole
-        at = sorted({max(1, steps // 4), max(1, steps // 2)})
+        at = sorted({max(1, steps // 2), steps})
         losses: dict[tuple[int, float], list[np.ndarray]] = {}
         before: list[np.ndarray] = []
         for fold in self.folds.folds:
             frozen = self.ground.candidate(plain, self.head(plain, fold.places))
             before.append(self.arena.look(frozen, fold.held).losses)
-            looks = self.train(one, fold, steps // 2, at)
+            looks = self.train(one, fold, steps, at)
             sub = self.ground.candidate(one)
             for look in looks[1:]:
                 for part in PARTS[1::2]:
@@ -251,15 +251,28 @@ class Search:
         self._note("head start", plain, 0, -float(frozen_losses.mean()), began, "cross-validated")
         pooled = {way: np.concatenate(parts) for way, parts in losses.items() if len(parts) == len(before)}
         stop, part = min(pooled, key=lambda way: float(pooled[way].mean()))
-        gain = lower_bound(frozen_losses, pooled[stop, part], self.folds.seed)
+        taken = self.better(-float(frozen_losses.mean()), -float(pooled[stop, part].mean()))
         head = self.head(plain, np.arange(len(self.folds.rows)))
         self._note("fine-tune", one, len(before) * max(at), -float(pooled[stop, part].mean()), began, "cross-validated")
-        if gain <= 0:
-            return plain, self.ground.candidate(plain, head), "no training was surely better than the head start"
+        if not taken:
+            return (
+                plain,
+                self.ground.candidate(plain, head),
+                "on rows held out no training was better than the head start",
+            )
         whole = Fold(self.folds.rows, (), np.arange(len(self.folds.rows)))
-        looks = self.train(one, whole, steps // 2, [stop])
+        looks = self.train(one, whole, steps, [stop])
         params = between(looks[0].params, looks[-1].params, part)
-        return one, with_params(self.ground.candidate(one), params), f"fine-tuned for {stop} steps on all rows"
+        return (
+            one,
+            with_params(self.ground.candidate(one), params),
+            f"fine-tuned for {stop} steps on all rows, {part:.0%} of the way taken",
+        )
+
+    @staticmethod
+    def better(before: float, after: float) -> bool:
+        """Whether training is taken over the head start, by their scores."""
+        return after > before
 
     def grow(self, one: Genotype, sub: SubModel, why: str) -> tuple[Genotype, SubModel, str]:
         """Gives more capacity, a layer at a time from the top, where validation says that it is worth it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -240,17 +241,24 @@ def laid_over(
         for part in parts(path, sub.layout, config):
             if part.name in whole:
                 value = whole[part.name] if part.rows is None else whole[part.name][part.rows]
-                leaf = jnp.asarray(leaf).at[part.at or ...].set(jnp.asarray(value, leaf.dtype))
+                leaf = _put(leaf, part.at or ..., value)
             elif part.name in rows and isinstance(part.rows, np.ndarray):
                 places, value = rows[part.name]
-                leaf = jnp.asarray(leaf).at[np.searchsorted(part.rows, places)].set(jnp.asarray(value, leaf.dtype))
-        flat[path] = leaf
+                leaf = _put(leaf, np.searchsorted(part.rows, places), value)
+        flat[path] = jnp.asarray(leaf)
     # Copied, as the leaves of a state are put in place.
     state = jax.tree.map(lambda leaf: leaf, nnx.merge_state(sub.params, sub.bias))
     nnx.replace_by_pure_dict(state, from_layers(flat, config))
     made = with_params(sub, sub.params)
     _, made.params, made.bias = nnx.split(nnx.merge(sub.graph, state), nnx.Param, BalanceBias)
     return made
+
+
+def _put(leaf: Any, at: Any, value: np.ndarray) -> np.ndarray:
+    # In numpy: as operations of jax each shape would be compiled.
+    copied = np.array(leaf)
+    copied[at] = value
+    return copied
 
 
 def _base_tasks(model: Model, choice: Choice, root: tuple[str, str], seed: int) -> list[str]:
