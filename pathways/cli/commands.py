@@ -113,6 +113,9 @@ def run_add(args: Namespace) -> None:
         candidates=args.candidates,
         own_encoder=not args.no_own_encoder,
         steps=args.steps,
+        search=args.search,
+        effort=args.effort,
+        max_parameters=args.max_parameters,
         seed=args.seed,
         quiet=args.quiet,
     )
