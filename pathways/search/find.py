@@ -19,7 +19,7 @@ from pathways.search.arena import Arena, Look, between, with_params
 from pathways.search.features import Features, activations
 from pathways.search.folds import FOLDS, Fold, Folds, lower_bound
 from pathways.search.genotype import GENES, Genotype, Space, reward
-from pathways.search.ground import ROOT, Ground
+from pathways.search.ground import ROOT, Ground, laid_over
 from pathways.search.head import Head, head_start
 from pathways.search.methods import RUNGS, evolve, reinforce
 from pathways.submodel import SubModel
@@ -223,51 +223,51 @@ class Search:
         began = time.monotonic()
         looks = self.train(one, fold, self.whole, _looks(self.whole))
         sub, last = self.ground.candidate(one), max(looks[1:], key=lambda look: look.score)
-        ways = [(part, with_params(sub, between(looks[0].params, last.params, part))) for part in PARTS]
-        seen = [(part, self.arena.look(way, fold.held, last.step)) for part, way in ways]
-        part, best = max(seen, key=lambda pair: pair[1].score)
+        ways = {f"{part:.0%} of the way": between(looks[0].params, last.params, part) for part in PARTS}
+        refitted = self.refitted(with_params(sub, last.params), _some(fold.places, HEAD_ROWS))
+        ways |= {"its head refitted": refitted.params} if refitted is not None else {}
+        seen = [(way, self.arena.look(with_params(sub, params), fold.held, last.step)) for way, params in ways.items()]
+        way, best = max(seen, key=lambda pair: pair[1].score)
         taken = self.better(before.score, best.score)
-        self._note("fine-tune", one, looks[-1].step, best.score, began, f"step {best.step}, {part:.0%} of the way")
+        self._note("fine-tune", one, looks[-1].step, best.score, began, f"step {best.step}, {way}")
         if not taken:
             return plain, frozen, "no training was better on validation than the head start on the frozen pathway"
-        return one, with_params(sub, best.params), f"fine-tuned for {best.step} steps, {part:.0%} of the way taken"
+        return one, with_params(sub, best.params), f"fine-tuned for {best.step} steps, {way}"
 
     def _tune_few(self, one: Genotype, plain: Genotype) -> tuple[Genotype, SubModel, str]:
         """Every fold says what training would give on rows that it did not see; then all rows are trained on."""
-        began, steps = time.monotonic(), self.whole
-        at = sorted({max(1, steps // 2), steps})
-        losses: dict[tuple[int, float], list[np.ndarray]] = {}
+        began, at = time.monotonic(), sorted({max(1, self.whole // 2), self.whole})
+        losses: dict[tuple[int, bool], list[np.ndarray]] = {}
         before: list[np.ndarray] = []
         for fold in self.folds.folds:
             frozen = self.ground.candidate(plain, self.head(plain, fold.places))
             before.append(self.arena.look(frozen, fold.held).losses)
-            looks = self.train(one, fold, steps, at)
-            sub = self.ground.candidate(one)
-            for look in looks[1:]:
-                for part in PARTS[1::2]:
-                    way = with_params(sub, between(looks[0].params, look.params, part))
-                    losses.setdefault((look.step, part), []).append(self.arena.look(way, fold.held).losses)
-        frozen_losses = np.concatenate(before)
-        self._note("head start", plain, 0, -float(frozen_losses.mean()), began, "cross-validated")
-        pooled = {way: np.concatenate(parts) for way, parts in losses.items() if len(parts) == len(before)}
-        stop, part = min(pooled, key=lambda way: float(pooled[way].mean()))
-        taken = self.better(-float(frozen_losses.mean()), -float(pooled[stop, part].mean()))
-        head = self.head(plain, np.arange(len(self.folds.rows)))
-        self._note("fine-tune", one, len(before) * max(at), -float(pooled[stop, part].mean()), began, "cross-validated")
-        if not taken:
-            return (
-                plain,
-                self.ground.candidate(plain, head),
-                "on rows held out no training was better than the head start",
-            )
-        whole = Fold(self.folds.rows, (), np.arange(len(self.folds.rows)))
-        looks = self.train(one, whole, steps, [stop])
-        params = between(looks[0].params, looks[-1].params, part)
-        return (
-            one,
-            with_params(self.ground.candidate(one), params),
-            f"fine-tuned for {stop} steps on all rows, {part:.0%} of the way taken",
-        )
+            for look in self.train(one, fold, self.whole, at)[1:]:
+                losses.setdefault((look.step, False), []).append(look.losses)
+                refitted = self.refitted(with_params(self.ground.candidate(one), look.params), fold.places)
+                if refitted is not None:
+                    losses.setdefault((look.step, True), []).append(self.arena.look(refitted, fold.held).losses)
+        start = -float(np.concatenate(before).mean())
+        means = {way: -float(np.concatenate(parts).mean()) for way, parts in losses.items() if len(parts) == FOLDS}
+        stop, refit = max(means, key=lambda way: means[way])
+        self._note("head start", plain, 0, start, began, "cross-validated")
+        note = f"{stop} steps{', head refitted' if refit else ''}; cross-validated"
+        self._note("fine-tune", one, FOLDS * self.whole, means[stop, refit], began, note)
+        every = np.arange(len(self.folds.rows))
+        if not self.better(start, means[stop, refit]):
+            frozen = self.ground.candidate(plain, self.head(plain, every))
+            return plain, frozen, "on rows held out no training was better than the head start"
+        last = self.train(one, Fold(self.folds.rows, (), every), self.whole, [stop])[-1]
+        sub = with_params(self.ground.candidate(one), last.params)
+        why = f"fine-tuned for {stop} steps on all rows"
+        return (one, self.refitted(sub, every) or sub, f"{why}, then the head refitted") if refit else (one, sub, why)
+
+    def refitted(self, sub: SubModel, places: np.ndarray) -> SubModel | None:
+        """A trained candidate with its head fitted once more, in closed form; None for tagging."""
+        if self.folds.fitted.is_token_level:
+            return None
+        found = activations(sub, [self.folds.rows[i] for i in places])
+        return laid_over(sub, head_start(self.folds.fitted, found).components(sub.names[0]), {})
 
     @staticmethod
     def better(before: float, after: float) -> bool:

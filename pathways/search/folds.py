@@ -93,7 +93,7 @@ def _spread(rows: Sequence[Example], fitted: FittedTask, rng: np.random.Generato
     order = rng.permutation(len(rows))
     if fitted.is_token_level:
         return order
-    y = np.stack([rows[i].y for i in order])
+    y = np.stack([rows[i].y for i in order.tolist()])
     key = y[:, 0] if fitted.task.target.kind == "regression" else y.argmax(axis=1)
     return order[np.argsort(key, kind="stable")]
 

@@ -82,7 +82,7 @@ class Space:
 
     def random(self, rng: np.random.Generator) -> Genotype:
         """Any candidate."""
-        genes = tuple(self.genes[i] for i in rng.integers(len(self.genes), size=self.layers).tolist())
+        genes: tuple[Gene, ...] = tuple(self.genes[i] for i in rng.integers(len(self.genes), size=self.layers).tolist())
         experts = tuple(int(rng.integers(min(self.least, most), most + 1)) for most in self.ranked)
         base = self.bases[int(rng.integers(len(self.bases)))]
         return Genotype(base, genes, experts, self.encoder and bool(rng.integers(2)))

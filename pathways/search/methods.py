@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pathways.search.genotype import Genotype, Space
+from pathways.search.genotype import Gene, Genotype, Space
 
 Try = Callable[[Genotype, int, int], float]
 """`(candidate, rung, steps) -> reward`; 0 for one that breaks a limit."""
@@ -122,7 +122,7 @@ def _genotype(picks: Sequence[int], space: Space) -> Genotype:
     layers = space.layers
     halves = [max(min(space.least, most), (most + 1) // 2) for most in space.ranked]
     experts = [(most, half)[pick] for most, half, pick in zip(space.ranked, halves, picks[2 + layers :], strict=True)]
-    genes = tuple(space.genes[pick] for pick in picks[2 : 2 + layers])
+    genes: tuple[Gene, ...] = tuple(space.genes[pick] for pick in picks[2 : 2 + layers])
     return Genotype(space.bases[picks[0]], genes, tuple(experts), space.encoder and picks[1] == 0)
 
 
