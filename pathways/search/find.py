@@ -18,7 +18,7 @@ from pathways.adding.start import Start, fresh_kind
 from pathways.search.arena import Arena, Look, between, with_params
 from pathways.search.features import Features, activations
 from pathways.search.folds import FOLDS, Fold, Folds, lower_bound
-from pathways.search.genotype import GENES, Genotype, Space, reward
+from pathways.search.genotype import GENES, Gene, Genotype, Space, reward
 from pathways.search.ground import ROOT, Ground, laid_over
 from pathways.search.head import Head, head_start
 from pathways.search.methods import RUNGS, evolve, reinforce
@@ -143,7 +143,7 @@ class Search:
         start, config = self.ground.start, self.ground.model.config.model
         missing = set() if fresh_kind(self.ground.model) and any(start.fresh) else {"copy", "fresh"}
         missing |= set() if start.entry.pathway.adapters else {"adapter"}
-        genes = tuple(gene for gene in GENES if gene not in missing)
+        genes: tuple[Gene, ...] = tuple(gene for gene in GENES if gene not in missing)
         ranked = tuple(len(layer) for layer in self.ground.choice.ranked)
         return Space(tuple(self.ground.bases), genes, ranked, config.gate.top_k, bool(start.copied))
 

@@ -84,7 +84,7 @@ class Folds:
         for part in range(FOLDS):
             held = order[part::FOLDS]
             places = np.setdiff1d(np.arange(len(self.rows)), held)
-            found.append(Fold([self.rows[i] for i in places], [self.rows[i] for i in held], places))
+            found.append(Fold([self.rows[i] for i in places.tolist()], [self.rows[i] for i in held.tolist()], places))
         return tuple(found)
 
 
