@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,24 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 from pathways.adding import baselines
 from pathways.adding.commit import Trained, commit, fingerprint, new_parameters, take_apart
-from pathways.adding.fit import Recipe, make_recipe, metric_of, metrics_of, own_part
+from pathways.adding.fit import Recipe, metric_of, metrics_of, own_part
 from pathways.adding.protect import make_probe
-from pathways.adding.search import Choice, choose, reference
-from pathways.adding.start import Start, reference_submodel, touched
-from pathways.data import Data, cache_folder, encode_tasks, fit_tasks, streams_of, subset
+from pathways.adding.request import Say, Splits, Wanted, make_ready, near_words
+from pathways.adding.search import Choice
+from pathways.adding.start import Start
+from pathways.data import subset
 from pathways.evaluation import Sum, record
-from pathways.model import Model, open_for_writing
+from pathways.model import Model
 from pathways.monitor import Monitor
 from pathways.predictions import predict_examples
 from pathways.profile import PROFILE_ROWS, profiles
 from pathways.report import Card, Reused
 from pathways.search.arena import Arena
-from pathways.search.find import EFFORTS, METHODS, Effort, Found, Method, Options, Search, Tried, budget
-from pathways.search.folds import FOLDS, Folds
-from pathways.search.ground import make_ground
+from pathways.search.find import Effort, Found, Method, Search, Tried
 from pathways.submodel import SubModel, initial_submodel
 from tasks.cache import EncodedSplit
-from tasks.check import check_name
 from tasks.encoded import Example
 from tasks.errors import UserError
 from tasks.fitted import FittedTask
@@ -47,21 +45,8 @@ from tasks.spec import Task
 if TYPE_CHECKING:
     from rich.console import Console
 
-ADAPTER_RANK = 8
 PROBE_EXAMPLES = 4
 """Examples of the new task kept in the model, by which later commits are checked."""
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The new task's encoded rows; `held` are those it is scored on, and `held_name` the split they come from."""
-
-    train: EncodedSplit
-    valid: EncodedSplit
-    held: EncodedSplit
-    held_name: str
 
 
 def add_task(
@@ -104,22 +89,14 @@ def add_task(
     """
     began = time.monotonic()
     say = _speaker(quiet, console)
-    _, model = open_for_writing(model_path)
-    _check_request(model, task, new_experts, candidates, steps, learning_rate)
-    options = _options(search, effort, max_parameters)
-    fitted, splits = _data(model, task, say)
-    recipe = make_recipe(model.config, splits.train, steps, learning_rate, seed)
-    borrowed = reference_submodel(model, fitted, streams_of(fitted), reference(model), seed)
-    choice = choose(model, borrowed, splits.train, per_layer=candidates, seed=seed)
-    say(_found(choice))
-    copied = touched(model, splits.train) if own_encoder else {}
-    users = len(model.groups().get(reference(model), ()))
-    extent = {"new_experts": new_experts, "rank": ADAPTER_RANK, "users": users, "seed": seed}
-    ground = make_ground(model, borrowed, choice, copied, **extent)
-    folds = Folds(fitted, splits.train, splits.valid, model.config.train.eval_rows, seed)
-    say(_plan(folds, recipe, options))
-    with _monitor(model.path, task.name, _most_steps(folds, recipe, options), quiet, console) as monitor:
-        found = Search(ground, Arena(ground.start, recipe, monitor), folds, options, _teller(say)).run()
+    wanted = Wanted(new_experts, candidates, own_encoder, steps, learning_rate, search, effort, max_parameters, seed)
+    ready = make_ready(model_path, task, wanted, say)
+    model, fitted, splits, recipe = ready.model, ready.fitted, ready.splits, ready.recipe
+    ground, choice, folds, borrowed = ready.ground, ready.ground.choice, ready.folds, ready.ground.reference
+    say(ready.plan)
+    with _monitor(model.path, task.name, ready.most_steps, quiet, console) as monitor:
+        arena = Arena(ground.start, recipe, monitor)
+        found = Search(ground, arena, folds, ready.options, _teller(say)).run()
     start, sub = found.start, found.start.sub
     digests = fingerprint(model.view, start.borrowed)
     trainable = own_part(start).count(sub.params)
@@ -141,8 +118,8 @@ def add_task(
     sample = [splits.train.example(i) for i in subset(splits.train, PROFILE_ROWS)]
     entry = replace(start.entry, notes=_task_notes(sub, sample, choice, found, splits.valid))
     probe = make_probe(sub, {task.name: sample[:PROBE_EXAMPLES]})
-    ready = Trained(entry, start.gate, start.fresh, start.copied, whole, rows, digests, card, probe)
-    version, _ = commit(model_path, ready, start.borrowed, seed)
+    trained = Trained(entry, start.gate, start.fresh, start.copied, whole, rows, digests, card, probe)
+    version, _ = commit(model_path, trained, start.borrowed, seed)
     _record_routing(model_path, task.name, sample)
     say(f"committed version {version.number}; old tasks checked: bytes and logits are what they were")
     if not quiet:
@@ -174,35 +151,6 @@ def _speaker(quiet: bool, console: Console | None) -> Say:
     return lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _check_request(
-    model: Model, task: Task, new_experts: int, candidates: int, steps: int | None, learning_rate: float | None
-) -> None:
-    """What can be seen before any work is done."""
-    check_name(task.name)
-    if task.name in model.tasks:
-        raise UserError(
-            "The model has a task of this name already.",
-            where=model.path,
-            got=task.name,
-            fix="choose another name, or remove the old task first: `pathways remove`",
-        )
-    if task.each is not None:
-        raise UserError(
-            "A family of tasks cannot be added at once.",
-            where=f"task {task.name}",
-            got=f"each = {task.each!r}",
-            fix="add its tasks one by one, with `where`",
-        )
-    least = {"new_experts": (new_experts, 0), "candidates": (candidates, 1), "steps": (steps, 1)}
-    for name, (given, smallest) in least.items():
-        if given is not None and given < smallest:
-            raise UserError("A number is too small.", where=name, expected=f"at least {smallest}", got=str(given))
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise UserError("The learning rate must be positive.", where="learning_rate", got=str(learning_rate))
-    if "://" not in model.path and not os.access(model.path, os.W_OK):
-        raise UserError("The model's folder cannot be written.", where=model.path, fix="check its owner and mode")
-
-
 @contextmanager
 def _monitor(path: str, name: str, steps: int, quiet: bool, console: Console | None) -> Iterator[Monitor]:
     """Logs in the model's folder, `adding/<task>`; those of a remote model are not kept."""
@@ -214,20 +162,6 @@ def _monitor(path: str, name: str, steps: int, quiet: bool, console: Console | N
             raise UserError("The logs cannot be written.", where=str(folder), got=str(error)) from None
         with monitor:
             yield monitor
-
-
-def _data(model: Model, task: Task, say: Say) -> tuple[FittedTask, Splits]:
-    fitted = fit_tasks([task], say)[0]
-    folder, settings = cache_folder() / "encoded", model.config.encoders
-    train, valid, test = (
-        encode_tasks([fitted], split, model.tokenizer, settings, folder)[0] for split in ("train", "valid", "test")
-    )
-    for line in Data((train,), (valid,)).warnings([task.name]):
-        say(line)
-    if not len(train):
-        raise UserError("No usable rows are left to train on.", where=f"task {task.name}: {task.train}")
-    held, name = (test, "test") if len(test) else (valid, "valid") if len(valid) else (train, "train")
-    return fitted, Splits(train, valid, held, name)
 
 
 def _baselines(
@@ -263,39 +197,6 @@ def _task_notes(
     }
 
 
-def _found(choice: Choice) -> str:
-    near = ", ".join(f"{n} ({s:.2f})" for n, s in zip(choice.nearest, choice.similarity, strict=True))
-    return f"nearest tasks: {near}" if near else "no task is near: experts are chosen by the new task's own gate scores"
-
-
-def _options(search: str, effort: str, max_parameters: int | None) -> Options:
-    for where, given, known in (("search", search, METHODS), ("effort", effort, EFFORTS)):
-        if given not in known:
-            raise UserError("An unknown choice.", where=where, expected=" or ".join(known), got=given)
-    if max_parameters is not None and max_parameters < 1:
-        raise UserError(
-            "A number is too small.", where="max_parameters", expected="at least 1", got=str(max_parameters)
-        )
-    return Options(search, effort, max_parameters)  # type: ignore[arg-type]
-
-
-def _plan(folds: Folds, recipe: Recipe, options: Options) -> str:
-    config = recipe.config
-    if folds.tiny:
-        return f"{len(folds.rows):,} labelled rows are too few to train on: only the head and its pathway are chosen"
-    judges = f"{FOLDS} folds of {len(folds.rows):,} rows" if folds.few else f"{len(folds.folds[0].held):,} rows"
-    return (
-        f"search: {options.method}, {options.effort} effort, judged by {judges}; a fine-tuning has {config.steps} "
-        f"steps of {config.rows} packed rows, learning rate {config.learning_rate:g}; at most "
-        f"{_most_steps(folds, recipe, options):,} steps in all"
-    )
-
-
-def _most_steps(folds: Folds, recipe: Recipe, options: Options) -> int:
-    """The budget of a search in optimizer steps."""
-    return 1 if folds.tiny else round(budget(options, folds.few) * recipe.config.steps)
-
-
 def _teller(say: Say) -> Callable[[Tried], None]:
     """Prints each candidate as it has been tried."""
 
@@ -315,7 +216,7 @@ def _still_reused(start: Start, choice: Choice) -> tuple[Reused, ...]:
 def _notes(start: Start, splits: Splits, choice: Choice, found: Found) -> tuple[str, ...]:
     rows = f"{len(splits.train):,} training rows; scored on {len(splits.held):,} rows of {splits.held_name}"
     cost = f"{found.steps / found.whole:.1f} fine-tunings" if found.steps else "no training step"
-    notes = [rows, _found(choice), f"pathway {found.genotype}: {found.why}; the search cost {cost}"]
+    notes = [rows, near_words(choice), f"pathway {found.genotype}: {found.why}; the search cost {cost}"]
     if splits.held_name != "test":
         notes.append(f"no test rows: the score is on {splits.held_name} rows and may flatter all but the constant")
     notes += [

@@ -212,6 +212,7 @@ def _add(command: Any) -> None:
     parser.add_argument("--search", choices=walks, default="evolution", help="how candidates are chosen [evolution]")
     efforts = ("low", "medium", "high")
     parser.add_argument("--effort", choices=efforts, default="medium", help="how many candidates are tried [medium]")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and what it would cost, no more")
     parser.add_argument("--max-parameters", type=int, metavar="N", help="the most parameters that are the task's own")
     parser.add_argument("--seed", type=int, default=0, help="of the search and the training [0]")
     parser.add_argument("--quiet", action="store_true", help="print no progress; the card is printed all the same")

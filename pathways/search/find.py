@@ -176,16 +176,23 @@ class Search:
 
     def choose(self, base: str) -> Genotype:
         """The candidate that is worth a fine-tuning."""
-        space, steps = self.space, self.whole
-        usual = "fresh" if "fresh" in space.genes else "adapter" if "adapter" in space.genes else "reuse"
+        space, steps, first = self.space, self.whole, self.first(base)
         if self.options.method == "none":
-            return space.plain(usual, base)
-        first = [space.plain(gene, base) for gene in (usual, "adapter", "copy", "reuse") if gene in space.genes]
-        first += [space.plain(usual, base, encoder=False)]
-        first = [one for one in dict.fromkeys(first) if self.permitted(one)] or [space.plain("reuse", base, False)]
+            return first[0]
         walk = evolve if self.options.method == "evolution" else reinforce
         effort: Effort = "low" if self.folds.few else self.options.effort
         return walk(first, space, RUNGS[effort], steps, self.attempt, self.folds.seed)
+
+    def first(self, base: str) -> list[Genotype]:
+        """The candidates that a search begins with, the usual one first; those over the limit are left out."""
+        space = self.space
+        order: tuple[Gene, ...] = ("fresh", "adapter", "copy", "reuse")
+        kinds: list[Gene] = [gene for gene in order if gene in space.genes]
+        usual = kinds[0]
+        found = [space.plain(gene, base) for gene in kinds]
+        found += [space.plain(usual, base, encoder=False)]
+        least = [space.plain("reuse", base, encoder=False)]
+        return [one for one in dict.fromkeys(found) if self.permitted(one)] or least
 
     def attempt(self, one: Genotype, rung: int, steps: int) -> float:
         """The reward of a candidate after so many steps; see `methods.Try`."""
