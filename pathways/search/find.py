@@ -243,30 +243,30 @@ class Search:
 
     def _tune_few(self, one: Genotype, plain: Genotype) -> tuple[Genotype, SubModel, str]:
         """Every fold says what training would give on rows that it did not see; then all rows are trained on."""
-        began, at = time.monotonic(), sorted({max(1, self.whole // 2), self.whole})
-        losses: dict[tuple[int, bool], list[np.ndarray]] = {}
+        began = time.monotonic()
+        losses: dict[bool, list[np.ndarray]] = {}
         before: list[np.ndarray] = []
         for fold in self.folds.folds:
             frozen = self.ground.candidate(plain, self.head(plain, fold.places))
             before.append(self.arena.look(frozen, fold.held).losses)
-            for look in self.train(one, fold, self.whole, at)[1:]:
-                losses.setdefault((look.step, False), []).append(look.losses)
-                refitted = self.refitted(with_params(self.ground.candidate(one), look.params), fold.places)
-                if refitted is not None:
-                    losses.setdefault((look.step, True), []).append(self.arena.look(refitted, fold.held).losses)
+            look = self.train(one, fold, self.whole, [self.whole])[-1]
+            losses.setdefault(False, []).append(look.losses)
+            refitted = self.refitted(with_params(self.ground.candidate(one), look.params), fold.places)
+            if refitted is not None:
+                losses.setdefault(True, []).append(self.arena.look(refitted, fold.held).losses)
         start = -float(np.concatenate(before).mean())
-        means = {way: -float(np.concatenate(parts).mean()) for way, parts in losses.items() if len(parts) == FOLDS}
-        stop, refit = max(means, key=lambda way: means[way])
+        means = {refit: -float(np.concatenate(parts).mean()) for refit, parts in losses.items()}
+        refit = max(means, key=lambda way: means[way])
         self._note("head start", plain, 0, start, began, "cross-validated")
-        note = f"{stop} steps{', head refitted' if refit else ''}; cross-validated"
-        self._note("fine-tune", one, FOLDS * self.whole, means[stop, refit], began, note)
+        note = "head refitted; cross-validated" if refit else "cross-validated"
+        self._note("fine-tune", one, FOLDS * self.whole, means[refit], began, note)
         every = np.arange(len(self.folds.rows))
-        if not self.better(start, means[stop, refit]):
+        if not self.better(start, means[refit]):
             frozen = self.ground.candidate(plain, self.head(plain, every))
             return plain, frozen, "on rows held out no training was better than the head start"
-        last = self.train(one, Fold(self.folds.rows, (), every), self.whole, [stop])[-1]
+        last = self.train(one, Fold(self.folds.rows, (), every), self.whole, [self.whole])[-1]
         sub = with_params(self.ground.candidate(one), last.params)
-        why = f"fine-tuned for {stop} steps on all rows"
+        why = f"fine-tuned for {self.whole} steps on all rows"
         return (one, self.refitted(sub, every) or sub, f"{why}, then the head refitted") if refit else (one, sub, why)
 
     def refitted(self, sub: SubModel, places: np.ndarray) -> SubModel | None:
