@@ -16,7 +16,7 @@ import pytest
 
 import pathways as pw
 from pathways.adding import add as adding
-from pathways.adding import add_task, commit, fit, protect, search, start
+from pathways.adding import add_task, commit, fit, plan_task, protect, search, start
 from pathways.data import encode_tasks, fit_tasks, streams_of
 from pathways.evaluation import evaluate
 from pathways.inference import predict_many
@@ -238,6 +238,9 @@ def test_an_encoder_that_the_model_lacks_is_made_and_kept(tiny_model: Model, tmp
         ({}, {"candidates": 0}, "at least 1"),
         ({}, {"steps": 0}, "at least 1"),
         ({}, {"learning_rate": 0.0}, "must be positive"),
+        ({}, {"search": "luck"}, "unknown choice"),
+        ({}, {"effort": "heroic"}, "low or medium or high"),
+        ({}, {"max_parameters": 0}, "at least 1"),
         ({"train": "nowhere.csv"}, {}, "nowhere.csv"),
     ],
 )
@@ -248,6 +251,23 @@ def test_mistakes_are_told_and_change_nothing(
     with pytest.raises(UserError, match=told):
         add_task(tiny_model.path, replace(good, **task), quiet=True, **options)
     assert Model.open(tiny_model.path).version == tiny_model.version
+
+
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(tiny_model: Model, tmp_path: Path) -> None:
+    path, before = copy_of(tiny_model, tmp_path), set((tmp_path / "model").rglob("*"))
+    lines = plan_task(path, clouds(tmp_path), steps=60, candidates=3)
+    assert "3 folds of 112 rows" in lines[0]
+    assert "60 steps" in lines[0]
+    assert "at most 300 steps in all" in lines[0]
+    # The most that a first candidate has: all that is counted by hand above.
+    numbers = [line for line in lines if line.startswith("candidate")]
+    assert "fresh/3 fresh/3 + encoder: 11.4K parameters" in numbers[0]
+    assert len(numbers) == 5
+    assert "at most" in lines[-1]
+    assert set((tmp_path / "model").rglob("*")) | {tmp_path / "model"} >= before
+    assert Model.open(path).version == tiny_model.version
+    few = plan_task(path, clouds(tmp_path, "tiny", rows=8))
+    assert "too few to train on" in few[0]
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
