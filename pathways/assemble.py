@@ -37,6 +37,8 @@ class Layout:
         pathway, gate: per task, its row in the stacks of norms and of gates.
         encoders: name of the encoders.
         copied: what of them stands apart under that name.
+        taps: per task, whether its head has them.
+        ranks: per gate and routed layer, the rank of its adapter.
     """
 
     size: NetworkSize
@@ -53,6 +55,8 @@ class Layout:
     gate: np.ndarray
     encoders: str
     copied: EncoderCopy
+    taps: tuple[bool, ...]
+    ranks: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ def plan_network(
         experts.append(union)
         slots.append(_slot_table(union, chosen, config.gate.top_k))
         sizes.append(tuple(sum(len(v) for v in c.values()) for c in chosen))
+    adapted = {p.gate: p.adapters for p in pathways if p.adapters}
+    ranks = tuple(adapted.get(name, (0,) * routed_layers) for name in gate_names)
     token_level = np.array([f.is_token_level for f in fitted], bool)
     rows = np.array([f.num_outputs for f in fitted], np.int32)
     first = np.zeros(len(fitted), np.int32)
@@ -118,6 +124,8 @@ def plan_network(
         token_heads=int(rows[token_level].sum()),
         outputs=int(rows[~token_level].max(initial=0)),
         token_outputs=int(rows[token_level].max(initial=0)),
+        taps=any(p.taps for p in pathways),
+        adapters=tuple(max(of_layer) for of_layer in zip(*ranks, strict=True)) if any(map(any, ranks)) else (),
     )
     return Layout(
         size,
@@ -134,6 +142,8 @@ def plan_network(
         np.array([gate_names.index(p.gate) for p in pathways], np.int32),
         encoders.pop(),
         copied or {},
+        tuple(p.taps for p in pathways),
+        ranks,
     )
 
 
@@ -163,6 +173,8 @@ def parts(path: Path, layout: Layout, config: ModelConfig) -> list[Part]:
             return [Part(f"trunk/layer{i}/shared/{leaf}")]
         case ("layers", i, "routed", "banks", kind, leaf):
             return [Part(f"banks/layer{i}/{kind}/{leaf}", rows=layout.experts[_routed_index(config, i)][kind])]
+        case ("layers", i, "routed", ("adapter_in" | "adapter_out") as leaf):
+            return _adapter_parts(layout, _routed_index(config, i), f"layer{i}/{leaf}")
         case ("layers", i, "routed", leaf):
             sizes = layout.gate_sizes[_routed_index(config, i)]
             names = zip(layout.gates, sizes, strict=True)
@@ -174,6 +186,8 @@ def parts(path: Path, layout: Layout, config: ModelConfig) -> list[Part]:
             return [Part(f"norms/{p}", (n,), 2 * config.layers) for n, p in enumerate(layout.norms)]
         case (("heads" | "token_heads") as which, leaf):
             return list(_head_parts(layout, which == "token_heads", leaf))
+        case ("taps", "kernel"):
+            return list(_head_parts(layout, False, "taps", layout.taps))
         case ("task_embedding",):
             return [Part(f"heads/{task}/embedding", (n,)) for n, task in enumerate(layout.tasks)]
     raise KeyError(f"no component holds the array {'/'.join(map(str, path))}")
@@ -187,9 +201,20 @@ def _encoder_parts(layout: Layout, leaf: str) -> list[Part]:
     return [Part(own)] if rows is None else [shared, Part(own, (np.asarray(rows, np.int64),))]
 
 
-def _head_parts(layout: Layout, token_level: bool, leaf: str) -> Iterator[Part]:
+def _adapter_parts(layout: Layout, layer: int, leaf: str) -> list[Part]:
+    """Each gate's own, at the front of the widest rank."""
+    ranks = [(n, gate, layout.ranks[n][layer]) for n, gate in enumerate(layout.gates)]
+    across = leaf.endswith("adapter_in")
+    return [
+        Part(f"gates/{gate}/{leaf}", (n, slice(None), slice(rank)) if across else (n, slice(rank)))
+        for n, gate, rank in ranks
+        if rank
+    ]
+
+
+def _head_parts(layout: Layout, token_level: bool, leaf: str, having: Sequence[bool] | None = None) -> Iterator[Part]:
     for n, task in enumerate(layout.tasks):
-        if layout.token_level[n] == token_level:
+        if layout.token_level[n] == token_level and (having is None or having[n]):
             first = int(layout.head_first[n])
             yield Part(f"heads/{task}/{leaf}", (slice(first, first + int(layout.head_rows[n])),))
 

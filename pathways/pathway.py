@@ -13,6 +13,9 @@ from typing import Any
 
 import msgspec
 
+GATE_LEAVES, ADAPTER_LEAVES = ("gate", "noise", "bias"), ("adapter_in", "adapter_out")
+"""Arrays of a gate in one layer: `[D, M]` over its candidates (`bias [M]`), and the two factors of its adapter."""
+
 BASE = "base"
 """Name of the norms, of the shared gate and of the encoders that joint training makes."""
 
@@ -24,7 +27,7 @@ def private(task: str) -> str:
 
 def head_names(task: str) -> list[str]:
     """Components of a task's head, by their whole names: those of `a/b` start with `heads/a/` too."""
-    return [f"heads/{task}/{leaf}" for leaf in ("kernel", "bias", "embedding")]
+    return [f"heads/{task}/{leaf}" for leaf in ("kernel", "bias", "embedding", "taps")]
 
 
 def gate_names(gate: str, layers: Sequence[int]) -> list[str]:
@@ -33,7 +36,7 @@ def gate_names(gate: str, layers: Sequence[int]) -> list[str]:
     Args:
         layers: the numbers of the routed layers.
     """
-    return [f"gates/{gate}/layer{i}/{leaf}" for i in layers for leaf in ("gate", "noise", "bias")]
+    return [f"gates/{gate}/layer{i}/{leaf}" for i in layers for leaf in (*GATE_LEAVES, *ADAPTER_LEAVES)]
 
 
 EncoderCopy = dict[str, tuple[int, ...] | None]
@@ -72,6 +75,8 @@ class Pathway:
         origin: `joint` for tasks trained together, `added` for a task added later.
         parents: tasks whose experts the search started from.
         owned: per routed layer, the experts that were made for this task.
+        taps: whether its head looks at the rows before every layer too, not at the last ones only.
+        adapters: per routed layer, the rank of the low-rank branch beside the experts; empty for none.
     """
 
     task: str
@@ -82,6 +87,8 @@ class Pathway:
     origin: str = "joint"
     parents: tuple[str, ...] = ()
     owned: tuple[Experts, ...] = field(default_factory=tuple)
+    taps: bool = False
+    adapters: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

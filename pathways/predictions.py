@@ -59,6 +59,11 @@ def run_shape(sub: SubModel, streams: Iterable[str], small: bool = False) -> Bat
     )
 
 
+def is_little(sub: SubModel, examples: int, tokens: int) -> bool:
+    """Whether so many examples, of so many tokens in all, are run in the small shape."""
+    return examples < 2 * SMALL_ROWS * 16 and tokens <= SMALL_ROWS * sub.config.encoders.max_length // 2
+
+
 def packed(
     sub: SubModel, shape: BatchShape, examples: Iterable[tuple[str, Example]]
 ) -> Iterator[tuple[Batch, list[Example]]]:
@@ -114,9 +119,9 @@ def _run_group(
 ) -> dict[str, Predicted]:
     flat = [(task, i) for task, items in examples.items() for i in range(len(items))]
     found: dict[str, list[Any]] = {task: [] for task in examples}
+    # No more are looked at than it takes to see that they are not few.
     tokens = sum(examples[task][i].length for task, i in flat[: 2 * SMALL_ROWS * sub.config.encoders.max_length])
-    small = len(flat) < 2 * SMALL_ROWS * 16 and tokens <= SMALL_ROWS * sub.config.encoders.max_length // 2
-    shape = run_shape(sub, streams, small)
+    shape = run_shape(sub, streams, is_little(sub, len(flat), tokens))
     for batch, held in packed(sub, shape, ((task, examples[task][i]) for task, i in flat)):
         out = sub.run(batch, statistics=counted is not None)
         if counted is not None:

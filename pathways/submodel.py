@@ -102,9 +102,11 @@ def _count(layers: tuple[counters.Routed, ...], tasks: int, slots: tuple[int, ..
 
 
 def fitting(config: Config, layout: Layout) -> Config:
-    """The configuration of a sub-model: layers that hold different numbers of experts cannot be scanned as one."""
+    """The configuration of a sub-model: layers that hold different numbers of experts, or that a task treats each in
+    its own way, cannot be scanned as one."""
     size = layout.size
-    if not config.model.scan_layers or len(set(zip(size.experts, size.candidates, strict=True))) <= 1:
+    alike = len(set(zip(size.experts, size.candidates, strict=True))) <= 1 and not size.taps and not size.adapters
+    if not config.model.scan_layers or alike:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=False))
 

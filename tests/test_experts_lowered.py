@@ -143,8 +143,8 @@ def test_tpu_gets_a_whole_routed_layer_grouped(tpu, monkeypatch):
     def loss(parameters, rest, x, rows):
         slots = jnp.arange(EXPERTS)[None]
         layer = nnx.merge(graph, parameters, rest)
-        y, account = layer(x, rows, slots, BalanceOptions(), num_tasks=3, key=None, statistics=True)
-        return (y.astype(jnp.float32) ** 2).sum() + account.loss, account.counters
+        y, account = layer(x, rows, slots, BalanceOptions(), key=None, statistics=True)
+        return (y.astype(jnp.float32) ** 2).sum() + account.loss, account.routed
 
     mesh = make_mesh(MeshConfig(data=1), tpu[:1])
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

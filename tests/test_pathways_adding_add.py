@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,18 @@ import pytest
 
 import pathways as pw
 from pathways.adding import add as adding
-from pathways.adding import add_task, commit, fit, protect, search, start
+from pathways.adding import add_task, commit, fit, plan_task, protect, search, start
 from pathways.data import encode_tasks, fit_tasks, streams_of
 from pathways.evaluation import evaluate
 from pathways.inference import predict_many
 from pathways.model import Model, open_for_writing, row_chunked
 from pathways.report import Card
+from pathways.search import find
 from pathways.store import Changes
 from tasks.errors import UserError
 from tasks.spec import Input, Target, Task
 
-QUICK: dict[str, Any] = {"steps": 60, "learning_rate": 0.01, "quiet": True}
+QUICK: dict[str, Any] = {"steps": 60, "learning_rate": 0.01, "search": "none", "quiet": True}
 INPUTS = (Input("east", "number"), Input("north", "number"))
 PROMISED = ("majority or mean", "linear probe on the frozen model", "same network from scratch")
 
@@ -41,6 +43,15 @@ def clouds(folder: Path, name: str = "clouds", rows: int = 120) -> Task:
             centre = (1.5, -1.0) if i % 2 else (-1.5, 1.0)
             writer.writerow((*np.round(np.array(centre) + rng.normal(size=2), 3), ("upper", "lower")[i % 2]))
     return Task(name, str(folder / f"{name}.csv"), Target(("cloud",)), inputs=INPUTS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def always_tuned() -> Iterator[None]:
+    """Training counts as better than the head start, so that there are own experts to be written."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(find.Search, "better", staticmethod(lambda before, after: True))
+    yield
+    patch.undo()
 
 
 def copy_of(model: Model, folder: Path) -> Path:
@@ -70,9 +81,9 @@ def test_the_card_says_what_it_came_to_and_is_stored(added: tuple[Path, Card, Ta
 
 def test_new_parameters_are_counted_by_hand(added: tuple[Path, Card, Task]) -> None:
     # D = 32, F = 32, 2 layers: norms 5 x 32; per layer a gate of 32 x (3 + 2) and 2 experts of 2 x 32 x 32 + 32 + 32;
-    # a head of 2 x 32 + 2. Of the table encoder: column and gain of 2 columns, 1 row of categories (the one that
-    # numbers point to), and what is not a table: missing, frequency, 33 x 32 + 32, 32 x 32.
-    expected = 5 * 32 + 2 * (32 * 5 + 2 * (2 * 32 * 32 + 64)) + 2 * 32 + 2
+    # a head of 2 x 32 + 2, with taps of 2 x 64. Of the table encoder: column and gain of 2 columns, 1 row of
+    # categories (to which numbers point), and what is not a table: missing, frequency, 33 x 32 + 32, 32 x 32.
+    expected = 5 * 32 + 2 * (32 * 5 + 2 * (2 * 32 * 32 + 64)) + 2 * 32 + 2 + 2 * 64
     expected += (2 + 2 + 1) * 32 + 32 + 16 + 33 * 32 + 32 + 32 * 32
     assert added[1].new_parameters == added[1].trainable_parameters == expected
 
@@ -190,7 +201,7 @@ def test_only_what_is_the_tasks_own_moves_in_training(tiny_model: Model, tmp_pat
         elif path[0] == "encoders":
             assert moved or path[2] == "missing", path  # no cell of these rows is missing
         else:
-            assert moved == (path[-1] in ("scale", "gate") or path[0] == "heads"), path
+            assert moved == (path[-1] in ("scale", "gate") or path[0] in ("heads", "taps")), path
 
 
 def test_fresh_experts_are_silent_and_no_two_gate_columns_are_equal(tiny_model: Model, tmp_path: Path) -> None:
@@ -231,6 +242,9 @@ def test_an_encoder_that_the_model_lacks_is_made_and_kept(tiny_model: Model, tmp
         ({}, {"candidates": 0}, "at least 1"),
         ({}, {"steps": 0}, "at least 1"),
         ({}, {"learning_rate": 0.0}, "must be positive"),
+        ({}, {"search": "luck"}, "unknown choice"),
+        ({}, {"effort": "heroic"}, "low or medium or high"),
+        ({}, {"max_parameters": 0}, "at least 1"),
         ({"train": "nowhere.csv"}, {}, "nowhere.csv"),
     ],
 )
@@ -241,6 +255,23 @@ def test_mistakes_are_told_and_change_nothing(
     with pytest.raises(UserError, match=told):
         add_task(tiny_model.path, replace(good, **task), quiet=True, **options)
     assert Model.open(tiny_model.path).version == tiny_model.version
+
+
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(tiny_model: Model, tmp_path: Path) -> None:
+    path, before = copy_of(tiny_model, tmp_path), set((tmp_path / "model").rglob("*"))
+    lines = plan_task(path, clouds(tmp_path), steps=60, candidates=3)
+    assert "3 folds of 112 rows" in lines[0]
+    assert "60 steps" in lines[0]
+    assert "at most 300 steps in all" in lines[0]
+    # The most that a first candidate has: all that is counted by hand above.
+    numbers = [line for line in lines if line.startswith("candidate")]
+    assert "fresh/3 fresh/3 + encoder: 11.4K parameters" in numbers[0]
+    assert len(numbers) == 5
+    assert "at most" in lines[-1]
+    assert set((tmp_path / "model").rglob("*")) | {tmp_path / "model"} >= before
+    assert Model.open(path).version == tiny_model.version
+    few = plan_task(path, clouds(tmp_path, "tiny", rows=8))
+    assert "too few to train on" in few[0]
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathways.adding.add import add_task
     from pathways.adding.remove import remove_task, undo
+    from pathways.adding.request import plan_task
 
-__all__ = ["add_task", "remove_task", "undo"]
+__all__ = ["add_task", "plan_task", "remove_task", "undo"]
 
-_HOME = {"add_task": "add", "remove_task": "remove", "undo": "remove"}
+_HOME = {"add_task": "add", "plan_task": "request", "remove_task": "remove", "undo": "remove"}
 
 
 def __getattr__(name: str) -> Any:

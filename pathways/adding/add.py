@@ -1,6 +1,6 @@
 """Adding a task to a model: search, train what is new, measure, check the old tasks, commit.
 
-The whole in one line each: `search` chooses experts, `start` lays out the sub-model, `fit` trains it, `baselines` says
+The whole in one line each: `search` ranks experts, `pathways.search` finds the pathway and trains it, `baselines` says
 what it is worth, `protect` guards the old tasks, `commit` writes.
 """
 
@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,28 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 from pathways.adding import baselines
 from pathways.adding.commit import Trained, commit, fingerprint, new_parameters, take_apart
-from pathways.adding.fit import (
-    Recipe,
-    fit,
-    make_recipe,
-    metric_of,
-    metrics_of,
-    own_part,
-)
+from pathways.adding.fit import Recipe, metric_of, metrics_of, own_part
 from pathways.adding.protect import make_probe
-from pathways.adding.search import Choice, choose, reference
-from pathways.adding.start import Start, prepare, reference_submodel, touched
-from pathways.data import Data, cache_folder, encode_tasks, fit_tasks, streams_of, subset
+from pathways.adding.request import Say, Splits, Wanted, make_ready, near_words
+from pathways.adding.search import Choice
+from pathways.adding.start import Start
+from pathways.data import subset
 from pathways.evaluation import Sum, record
-from pathways.model import Model, open_for_writing
+from pathways.model import Model
 from pathways.monitor import Monitor
 from pathways.predictions import predict_examples
 from pathways.profile import PROFILE_ROWS, profiles
-from pathways.report import Card
+from pathways.report import Card, Reused
+from pathways.search.arena import Arena
+from pathways.search.find import Effort, Found, Method, Search, Tried
 from pathways.submodel import SubModel, initial_submodel
-from pathways.training.loop import Progress
 from tasks.cache import EncodedSplit
-from tasks.check import check_name
 from tasks.encoded import Example
 from tasks.errors import UserError
 from tasks.fitted import FittedTask
@@ -54,18 +48,6 @@ if TYPE_CHECKING:
 PROBE_EXAMPLES = 4
 """Examples of the new task kept in the model, by which later commits are checked."""
 
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The new task's encoded rows; `held` are those it is scored on, and `held_name` the split they come from."""
-
-    train: EncodedSplit
-    valid: EncodedSplit
-    held: EncodedSplit
-    held_name: str
-
 
 def add_task(
     model_path: str | os.PathLike[str],
@@ -76,6 +58,9 @@ def add_task(
     own_encoder: bool = True,
     steps: int | None = None,
     learning_rate: float | None = None,
+    search: Method = "evolution",
+    effort: Effort = "medium",
+    max_parameters: int | None = None,
     seed: int = 0,
     quiet: bool = False,
     console: Console | None = None,
@@ -83,12 +68,15 @@ def add_task(
     """Adds a task to a model without touching what its other tasks use, and commits a new version.
 
     Args:
-        new_experts: fresh experts per routed layer; 0 reuses only.
+        new_experts: own experts, copied or fresh, that a routed layer may get; 0 reuses only.
         candidates: experts per routed layer taken from those that exist; at least the gate's `top_k`.
-        own_encoder: train a copy of what the task's rows touch of the encoders (the embeddings of its words, ...);
-            without, the shared ones as they are.
-        steps: optimizer steps; by default about 10 epochs, from 100 to 800.
+        own_encoder: let the search train a copy of what the task's rows touch of the encoders (the embeddings of its
+            words, ...); without, the shared ones as they are.
+        steps: optimizer steps of a fine-tuning; by default about 10 epochs, from 100 to 800.
         learning_rate: the peak; by default the model's own.
+        search: how candidates are chosen: `none`, `evolution` or `reinforce`.
+        effort: how many are tried: `low`, `medium` or `high`.
+        max_parameters: the most parameters that are the task's own.
         seed: of the search's sample, fresh parameters and the order of data.
         quiet: print nothing.
 
@@ -101,21 +89,17 @@ def add_task(
     """
     began = time.monotonic()
     say = _speaker(quiet, console)
-    _, model = open_for_writing(model_path)
-    _check_request(model, task, new_experts, candidates, steps, learning_rate)
-    fitted, splits = _data(model, task, say)
-    recipe = make_recipe(model.config, splits.train, steps, learning_rate, seed)
-    borrowed = reference_submodel(model, fitted, streams_of(fitted), reference(model), seed)
-    choice = choose(model, borrowed, splits.train, per_layer=candidates, seed=seed)
-    say(_found(choice))
-    copied = touched(model, splits.train) if own_encoder else {}
-    start = prepare(model, borrowed, choice, new_experts, seed, copied)
+    wanted = Wanted(new_experts, candidates, own_encoder, steps, learning_rate, search, effort, max_parameters, seed)
+    ready = make_ready(model_path, task, wanted, say)
+    model, fitted, splits, recipe = ready.model, ready.fitted, ready.splits, ready.recipe
+    ground, choice, folds, borrowed = ready.ground, ready.ground.choice, ready.folds, ready.ground.reference
+    say(ready.plan)
+    with _monitor(model.path, task.name, ready.most_steps, quiet, console) as monitor:
+        arena = Arena(ground.start, recipe, monitor)
+        found = Search(ground, arena, folds, ready.options, _teller(say)).run()
+    start, sub = found.start, found.start.sub
     digests = fingerprint(model.view, start.borrowed)
-    own = own_part(start)
-    trainable = own.count(start.sub.params)
-    say(_plan(start, recipe, trainable))
-    with _monitor(model.path, task.name, recipe.config.steps, quiet, console) as monitor:
-        sub, progress = fit(start.sub, splits.train, splits.valid, recipe, monitor, trainable=own)
+    trainable = own_part(start).count(sub.params)
     whole, rows = take_apart(start, sub)
     value = metric_of(sub, splits.held)
     say("measuring the baselines")
@@ -128,14 +112,14 @@ def add_task(
         time.monotonic() - began,
         trainable,
         new_parameters(whole, rows),
-        choice.reused,
-        _notes(start, splits, choice),
+        _still_reused(start, choice),
+        _notes(start, splits, choice, found),
     )
     sample = [splits.train.example(i) for i in subset(splits.train, PROFILE_ROWS)]
-    entry = replace(start.entry, notes=_task_notes(sub, sample, choice, progress, splits.valid))
+    entry = replace(start.entry, notes=_task_notes(sub, sample, choice, found, splits.valid))
     probe = make_probe(sub, {task.name: sample[:PROBE_EXAMPLES]})
-    ready = Trained(entry, start.gate, start.fresh, copied, whole, rows, digests, card, probe)
-    version, _ = commit(model_path, ready, start.borrowed, seed)
+    trained = Trained(entry, start.gate, start.fresh, start.copied, whole, rows, digests, card, probe)
+    version, _ = commit(model_path, trained, start.borrowed, seed)
     _record_routing(model_path, task.name, sample)
     say(f"committed version {version.number}; old tasks checked: bytes and logits are what they were")
     if not quiet:
@@ -167,35 +151,6 @@ def _speaker(quiet: bool, console: Console | None) -> Say:
     return lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _check_request(
-    model: Model, task: Task, new_experts: int, candidates: int, steps: int | None, learning_rate: float | None
-) -> None:
-    """What can be seen before any work is done."""
-    check_name(task.name)
-    if model.has(task.name):
-        raise UserError(
-            "The model has a task of this name already.",
-            where=model.path,
-            got=task.name,
-            fix="choose another name, or remove the old task first: `pathways remove`",
-        )
-    if task.each is not None:
-        raise UserError(
-            "A family of tasks cannot be added at once.",
-            where=f"task {task.name}",
-            got=f"each = {task.each!r}",
-            fix="add its tasks one by one, with `where`",
-        )
-    least = {"new_experts": (new_experts, 0), "candidates": (candidates, 1), "steps": (steps, 1)}
-    for name, (given, smallest) in least.items():
-        if given is not None and given < smallest:
-            raise UserError("A number is too small.", where=name, expected=f"at least {smallest}", got=str(given))
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise UserError("The learning rate must be positive.", where="learning_rate", got=str(learning_rate))
-    if "://" not in model.path and not os.access(model.path, os.W_OK):
-        raise UserError("The model's folder cannot be written.", where=model.path, fix="check its owner and mode")
-
-
 @contextmanager
 def _monitor(path: str, name: str, steps: int, quiet: bool, console: Console | None) -> Iterator[Monitor]:
     """Logs in the model's folder, `adding/<task>`; those of a remote model are not kept."""
@@ -207,20 +162,6 @@ def _monitor(path: str, name: str, steps: int, quiet: bool, console: Console | N
             raise UserError("The logs cannot be written.", where=str(folder), got=str(error)) from None
         with monitor:
             yield monitor
-
-
-def _data(model: Model, task: Task, say: Say) -> tuple[FittedTask, Splits]:
-    fitted = fit_tasks([task], say)[0]
-    folder, settings = cache_folder() / "encoded", model.config.encoders
-    train, valid, test = (
-        encode_tasks([fitted], split, model.tokenizer, settings, folder)[0] for split in ("train", "valid", "test")
-    )
-    for line in Data((train,), (valid,)).warnings([task.name]):
-        say(line)
-    if not len(train):
-        raise UserError("No usable rows are left to train on.", where=f"task {task.name}: {task.train}")
-    held, name = (test, "test") if len(test) else (valid, "valid") if len(valid) else (train, "train")
-    return fitted, Splits(train, valid, held, name)
 
 
 def _baselines(
@@ -236,7 +177,7 @@ def _baselines(
 
 
 def _task_notes(
-    sub: SubModel, sample: list[Example], choice: Choice, progress: Progress, valid: EncodedSplit
+    sub: SubModel, sample: list[Example], choice: Choice, found: Found, valid: EncodedSplit
 ) -> dict[str, Any]:
     """Notes kept with the task. The profile's usage is its own after training; its embedding that of the reference,
     so that the embeddings of all tasks are of one kind."""
@@ -244,30 +185,38 @@ def _task_notes(
     return {
         "valid": {name: value for name, value in metrics_of(sub, valid).items() if math.isfinite(value)},
         "profile": {"embedding": list(choice.embedding), "usage": usage},
-        "steps": progress.best_step,
+        "steps": found.steps,
+        "search": {
+            "why": found.why,
+            "pathway": found.genotype.to_json(),
+            "copies": [list(slots) for slots in found.copies],
+            "whole": found.whole,
+            "tried": [asdict(one) for one in found.tried],
+        },
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _found(choice: Choice) -> str:
-    near = ", ".join(f"{n} ({s:.2f})" for n, s in zip(choice.nearest, choice.similarity, strict=True))
-    return f"nearest tasks: {near}" if near else "no task is near: experts are chosen by the new task's own gate scores"
+def _teller(say: Say) -> Callable[[Tried], None]:
+    """Prints each candidate as it has been tried."""
+
+    def tell(one: Tried) -> None:
+        note = f"  {one.note}" if one.note else ""
+        say(f"  {one.stage:<10} {one.score:8.4f}  {one.parameters / 1e3:6.0f}K  {one.candidate}{note}")
+
+    return tell
 
 
-def _plan(start: Start, recipe: Recipe, trainable: int) -> str:
-    layers = len(start.fresh)
-    reused = sum(len(index) for layer in start.gate.candidates for index in layer.values())
-    fresh = sum(len(index) for layer in start.fresh for index in layer.values())
-    config = recipe.config
-    return (
-        f"{reused - fresh} experts reused and {fresh} new in {layers} layers; {trainable / 1e6:.3g}M parameters to "
-        f"train, at most {config.steps} steps of {config.rows} packed rows, learning rate {config.learning_rate:g}"
-    )
+def _still_reused(start: Start, choice: Choice) -> tuple[Reused, ...]:
+    """Of the candidate experts those that the pathway kept."""
+    layers = dict(zip(start.sub.config.model.routed_layers, start.gate.candidates, strict=True))
+    return tuple(one for one in choice.reused if one.expert in layers[one.layer].get(one.kind, ()))
 
 
-def _notes(start: Start, splits: Splits, choice: Choice) -> tuple[str, ...]:
+def _notes(start: Start, splits: Splits, choice: Choice, found: Found) -> tuple[str, ...]:
     rows = f"{len(splits.train):,} training rows; scored on {len(splits.held):,} rows of {splits.held_name}"
-    notes = [rows, _found(choice)]
+    cost = f"{found.steps / found.whole:.1f} fine-tunings" if found.steps else "no training step"
+    notes = [rows, near_words(choice), f"pathway {found.genotype}: {found.why}; the search cost {cost}"]
     if splits.held_name != "test":
         notes.append(f"no test rows: the score is on {splits.held_name} rows and may flatter all but the constant")
     notes += [

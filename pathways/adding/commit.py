@@ -140,8 +140,7 @@ def _check_base(model: Model, trained: Trained, parts: Sequence[Part]) -> None:
 
 def renumbered(model: Model, trained: Trained) -> Trained:
     """The same task, its fresh experts at the places that are free in `model`."""
-    number = max((len(index) for layer in trained.fresh for index in layer.values()), default=0)
-    places = fresh_places(model, number)
+    places = fresh_places(model, [sum(map(len, layer.values())) for layer in trained.fresh])
     if places == trained.fresh:
         return trained
     specs = []

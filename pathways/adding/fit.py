@@ -20,6 +20,7 @@ from pathways.assemble import from_layers
 from pathways.config import Config, TrainConfig
 from pathways.data import subset
 from pathways.monitor import Monitor
+from pathways.pathway import ADAPTER_LEAVES
 from pathways.predictions import predict_examples
 from pathways.quality import Chosen, figures, metric_values, quality
 from pathways.submodel import SubModel
@@ -43,6 +44,8 @@ BATCHES_OF_DATA = 8
 HEAD_RATE = 3.0
 """Times the learning rate, for the head."""
 VALIDATIONS, PATIENCE = 12, 8
+OWN_OF_GATE = ("gate", "noise", *ADAPTER_LEAVES)
+"""Arrays of a routed layer that train with a task's own gate; the balance bias moves by no gradient."""
 LOSS_WEIGHT = 1e-3
 """Of the loss in what early stopping looks at: it decides between equal accuracies, which small splits often have."""
 
@@ -101,14 +104,14 @@ def own_part(start: Start) -> Trainable:
             return True
         if path[0] == "encoders":
             return path[1] in start.made_encoders or "/".join(path[1:]) in start.copied
-        return path[-1] == "scale" or path[-2:] in (("routed", "gate"), ("routed", "noise"))
+        return path[-1] == "scale" or (path[-2:-1] == ("routed",) and path[-1] in OWN_OF_GATE)
 
     return Trainable(own, rows)
 
 
 def head_leaves(path: Names) -> bool:
     """Which leaves are heads."""
-    return path[0] in ("heads", "token_heads")
+    return path[0] in ("heads", "token_heads", "taps")
 
 
 def fit(

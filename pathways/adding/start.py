@@ -20,12 +20,11 @@ from pathways.adding.search import Choice, free_experts
 from pathways.assemble import Part
 from pathways.model import Model
 from pathways.network.encoders import LOOKUPS, make_encoder
-from pathways.pathway import BASE, EncoderCopy, Experts, GateSpec, Pathway, private
+from pathways.pathway import BASE, GATE_LEAVES, EncoderCopy, Experts, GateSpec, Pathway, private
 from pathways.submodel import SubModel, TaskEntry, read_submodel
 from tasks.cache import EncodedSplit
 from tasks.fitted import FittedTask
 
-GATE_LEAVES = ("gate", "noise", "bias")
 JITTER = 1e-3
 """What is added to a fresh expert's gate column so that no two are equal: its deviation, as a part of the column's."""
 TOKENS_AT_ONCE = 1 << 20
@@ -61,19 +60,29 @@ class Start:
 def reference_submodel(
     model: Model, fitted: FittedTask, streams: tuple[str, ...], group: tuple[str, str], seed: int
 ) -> SubModel:
-    """The new task on borrowed norms and gate, frozen: a zero head, and a fresh encoder where the model has none."""
-    entry = TaskEntry(fitted, Pathway(fitted.task.name, streams, *group), {})
+    """The new task on borrowed norms and gate, frozen: a zero head, and a fresh encoder where the model has none.
+
+    A head for whole examples has taps.
+    """
+    entry = TaskEntry(fitted, Pathway(fitted.task.name, streams, *group, taps=not fitted.is_token_level), {})
     read = overlay(model.read, new_components(model, entry, seed), {}, [])
     return read_submodel(model.config, [entry], model.layout([entry]), model.tokenizer, read)
 
 
 def prepare(
-    model: Model, reference: SubModel, choice: Choice, new_experts: int, seed: int, copied: EncoderCopy | None = None
+    model: Model,
+    reference: SubModel,
+    choice: Choice,
+    new_experts: int,
+    seed: int,
+    copied: EncoderCopy | None = None,
+    rank: int = 0,
 ) -> Start:
     """Lays out the task's own sub-model and fills it.
 
     Args:
         copied: what it gets of the encoders as a copy of its own (`touched`); nothing by default.
+        rank: of the adapter in every routed layer; 0 for none.
     """
     copied = copied or {}
     borrowed_from = reference.entries[0]
@@ -88,13 +97,17 @@ def prepare(
         origin="added",
         parents=choice.nearest,
         owned=fresh,
+        adapters=(rank,) * len(fresh) if rank else (),
     )
     entry = TaskEntry(borrowed_from.fitted, pathway, {})
     layout = model.layout([entry], {pathway.gate: gate}, copied)
     whole = new_components(model, entry, seed)
     whole[f"norms/{pathway.norms}"] = model.view.read(f"norms/{borrowed_from.pathway.norms}")
     whole |= encoder_components(model, pathway.encoders, copied)
-    whole |= gate_components(model, pathway, gate, choice, borrowed_from.pathway.gate, seed)
+    whole |= gate_components(
+        model, pathway, gate, choice, gate_sources(model, choice, borrowed_from.pathway.gate), seed
+    )
+    whole |= adapter_components(model, pathway, seed)
     if choice.nearest and model.config.model.gate.scope == "task_embedding":
         whole[f"heads/{name}/embedding"] = model.view.read(f"heads/{choice.nearest[0]}/embedding")
     used: list[Part] = []
@@ -143,16 +156,19 @@ def fresh_kind(model: Model) -> str | None:
     return next((kind for kind in model.config.model.experts if get_kind(kind).output_names), None)
 
 
-def fresh_places(model: Model, number: int) -> tuple[Experts, ...]:
-    """Per routed layer, places for new experts: freed ones first, then past the end of the bank; ascending."""
+def fresh_places(model: Model, numbers: int | Sequence[int]) -> tuple[Experts, ...]:
+    """Per routed layer, places for new experts: freed ones first, then past the end of the bank; ascending.
+
+    Args:
+        numbers: of new experts, in every layer or in each.
+    """
     kind = fresh_kind(model)
-    if number == 0 or kind is None:
-        return tuple({} for _ in model.bank_sizes)
-    places = []
-    for sizes, free in zip(model.bank_sizes, free_experts(model), strict=True):
-        freed = sorted(free.get(kind, ()))[:number]
-        size = sizes.get(kind, 0)
-        places.append({kind: (*freed, *range(size, size + number - len(freed)))})
+    numbers = [numbers] * len(model.bank_sizes) if isinstance(numbers, int) else numbers
+    places: list[Experts] = []
+    for number, sizes, free in zip(numbers, model.bank_sizes, free_experts(model), strict=True):
+        freed = sorted(free.get(kind or "", ()))[:number]
+        size = sizes.get(kind or "", 0)
+        places.append({kind: (*freed, *range(size, size + number - len(freed)))} if kind and number else {})
     return tuple(places)
 
 
@@ -164,7 +180,8 @@ def missing_encoders(model: Model, streams: Sequence[str]) -> tuple[str, ...]:
 def new_components(model: Model, entry: TaskEntry, seed: int) -> dict[str, np.ndarray]:
     """A zero head (and task embedding), and the encoders that the model lacks, freshly made."""
     config, outputs, head = model.config.model, entry.fitted.num_outputs, f"heads/{entry.name}"
-    shapes = {"kernel": (outputs, config.width), "bias": (outputs,), "embedding": (config.width,)}
+    taps = (outputs, config.layers * config.width)
+    shapes = {"kernel": (outputs, config.width), "bias": (outputs,), "embedding": (config.width,), "taps": taps}
     found = {f"{head}/{leaf}": np.zeros(shape, np.float32) for leaf, shape in shapes.items()}
     for stream in missing_encoders(model, entry.pathway.streams):
         options, rngs = model.config.encoders, nnx.Rngs(params=seed)
@@ -173,17 +190,30 @@ def new_components(model: Model, entry: TaskEntry, seed: int) -> dict[str, np.nd
     return found
 
 
-def gate_components(
-    model: Model, pathway: Pathway, gate: GateSpec, choice: Choice, borrowed: str, seed: int
-) -> dict[str, np.ndarray]:
-    """The gate's columns: a chosen expert's as the gate has it that it is borrowed from; a fresh expert's like that of
-    an expert the task prefers, so that rows come to it from the first step on.
-
-    A gate shared by tasks is asked first; where every task has a gate of its own, those of the nearest tasks are.
-    """
+def gate_sources(model: Model, choice: Choice, borrowed: str) -> list[str]:
+    """Gates to take columns from: one shared by tasks is asked first; where every task has a gate of its own, those of
+    the nearest tasks are."""
     theirs = [model.entry(task).pathway.gate for task in choice.nearest]
     own_gates = model.config.model.gate.scope == "task"
-    sources = list(dict.fromkeys([*theirs, borrowed] if own_gates else [borrowed, *theirs]))
+    return list(dict.fromkeys([*theirs, borrowed] if own_gates else [borrowed, *theirs]))
+
+
+def adapter_components(model: Model, pathway: Pathway, seed: int) -> dict[str, np.ndarray]:
+    """The factors of the adapters: the first random, the second zero, so that an adapter is silent until trained."""
+    width, rng, found = model.config.model.width, np.random.default_rng([seed, 2]), {}
+    for number, rank in zip(model.routed_layers, pathway.adapters, strict=False):
+        down = rng.standard_normal((width, rank)) * width**-0.5
+        if rank:
+            found[f"gates/{pathway.gate}/layer{number}/adapter_in"] = down.astype(np.float32)
+            found[f"gates/{pathway.gate}/layer{number}/adapter_out"] = np.zeros((rank, width), np.float32)
+    return found
+
+
+def gate_components(
+    model: Model, pathway: Pathway, gate: GateSpec, choice: Choice, sources: Sequence[str], seed: int
+) -> dict[str, np.ndarray]:
+    """The gate's columns: a chosen expert's as the first of `sources` has it that knows it; a fresh expert's like that
+    of an expert the task prefers, so that rows come to it from the first step on."""
     rng = np.random.default_rng([seed, 1])
     found = {}
     for layer, number in enumerate(model.routed_layers):

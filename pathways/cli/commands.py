@@ -93,7 +93,7 @@ def _config(args: Namespace) -> Any:
 
 
 def run_add(args: Namespace) -> None:
-    from pathways.adding import add_task
+    from pathways.adding import add_task, plan_task
     from tasks.config import task_from_flags
 
     set_up_jax()
@@ -101,17 +101,14 @@ def run_add(args: Namespace) -> None:
     keys: dict[str, Any] = {name: getattr(args, name) for name in names}
     keys["ignore"] = args.ignore or None
     task = task_from_flags(args.name, args.data, args.target, inputs=args.inputs, base=Path.cwd(), **keys)
+    names = ("new_experts", "candidates", "steps", "search", "effort", "max_parameters", "seed")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    options["own_encoder"] = not args.no_own_encoder
+    if args.dry_run:
+        print(*plan_task(args.model, task, **options), sep="\n")
+        return
     # It prints the card itself unless it is to be quiet.
-    card = add_task(
-        args.model,
-        task,
-        new_experts=args.new_experts,
-        candidates=args.candidates,
-        own_encoder=not args.no_own_encoder,
-        steps=args.steps,
-        seed=args.seed,
-        quiet=args.quiet,
-    )
+    card = add_task(args.model, task, **options, quiet=args.quiet)
     if args.quiet:
         card.render()
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from pathways.config import BalanceOptions, ModelConfig
 from pathways.network.encoders import make_encoder
-from pathways.network.layers import Attention, DenseFeedForward, RMSNorm, dropout, segment_mean
+from pathways.network.layers import EPSILON, Attention, DenseFeedForward, RMSNorm, dropout, segment_mean
 from pathways.network.routed import Fetch, LayerOutput, RoutedFeedForward, RowContext
 from tasks.batch import STREAMS
 from tasks.encoded import EncoderSettings
@@ -60,6 +60,8 @@ class NetworkSize:
         candidates: per routed layer, M.
         heads, token_heads: O of each.
         outputs, token_outputs: Y of each; 0 where no task has such a head.
+        taps: whether heads look at the rows before every layer too.
+        adapters: per routed layer, the widest rank of an adapter; empty for none.
     """
 
     streams: tuple[str, ...]
@@ -73,6 +75,8 @@ class NetworkSize:
     token_heads: int
     outputs: int
     token_outputs: int
+    taps: bool = False
+    adapters: tuple[int, ...] = ()
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -81,12 +85,14 @@ class NetworkSize:
 
 
 class Outputs(NamedTuple):
-    """`logits [N, Y]`, `token_logits [B, S, Yt]` or None, `pooled [N, D]`, and each routed layer's accounts."""
+    """`logits [N, Y]`, `token_logits [B, S, Yt]` or None, `pooled [N, D]`, each routed layer's accounts, and where
+    heads have taps `levels [N, L D]`: the mean of each example's rows before every layer, each of unit mean square."""
 
     logits: jax.Array
     token_logits: jax.Array | None
     pooled: jax.Array
     layers: tuple[LayerOutput, ...]
+    levels: jax.Array | None = None
 
 
 class Block(nnx.Module):
@@ -102,7 +108,8 @@ class Block(nnx.Module):
         else:
             experts = dict(size.experts[routed_index])
             self.dense = None
-            self.routed = RoutedFeedForward(config, experts, size.gates, size.candidates[routed_index], rngs)
+            rank = size.adapters[routed_index] if size.adapters else 0
+            self.routed = RoutedFeedForward(config, experts, size.gates, size.candidates[routed_index], rngs, rank)
         self.rate = config.dropout
 
     def __call__(
@@ -149,6 +156,7 @@ class Network(nnx.Module):
         self.final_norm = RMSNorm(size.pathways, config.width)
         self.heads = Head(size.heads, config.width) if size.heads else None
         self.token_heads = Head(size.token_heads, config.width) if size.token_heads else None
+        self.taps = Head(size.heads, config.layers * config.width, bias=False) if size.taps and size.heads else None
         scoped = config.gate.scope == "task_embedding"
         self.task_embedding = nnx.Param(jnp.zeros((size.tasks, config.width))) if scoped else None
 
@@ -169,7 +177,8 @@ class Network(nnx.Module):
         segment = batch["segment"]
         rows = self.context(batch, table)
         x = self.embed(batch)
-        x, layers = self.trunk(x, segment, rows, table, balance, key, statistics, fetch)
+        before: list[jax.Array] | None = [] if self.taps is not None else None
+        x, layers = self.trunk(x, segment, rows, table, balance, key, statistics, fetch, before)
         x = self.final_norm(x, rows.pathway.reshape(segment.shape))
         num = batch["task"].shape[0]
         pooled = segment_mean(x.reshape(-1, x.shape[-1]), rows.example, num)
@@ -177,12 +186,16 @@ class Network(nnx.Module):
         logits = jnp.zeros((num, 0))
         if self.heads is not None:
             logits = self.heads(pooled, table.head[task], self.size.outputs)
+        levels = None
+        if self.taps is not None and before is not None:
+            levels = jnp.concatenate([_level(rows_, rows.example, num) for rows_ in before], axis=-1)
+            logits = logits + self.taps(levels, table.head[task], self.size.outputs)
         token_logits = None
         if self.token_heads is not None:
             flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
             token_logits = self.token_heads(flat, table.head[rows.task], self.size.token_outputs)
             token_logits = token_logits.reshape(*segment.shape, -1)
-        return Outputs(logits, token_logits, pooled, layers)
+        return Outputs(logits, token_logits, pooled, layers, levels)
 
     def context(self, batch: dict[str, Any], table: TaskTable) -> RowContext:
         """The integers of each token and each example."""
@@ -214,8 +227,12 @@ class Network(nnx.Module):
         key: jax.Array | None,
         statistics: bool,
         fetch: Callable[[int], Fetch] | None = None,
+        before: list[jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[LayerOutput, ...]]:
-        """All layers, one after the other or as a scan over periods of layers."""
+        """All layers, one after the other or as a scan over periods of layers.
+
+        `before` gets the rows that enter each layer; not of scanned layers.
+        """
         config = self.config
 
         def run(graph: Any, state: Any, x: jax.Array, slots: Any, key: Any, fetch: Fetch | None = None):
@@ -232,6 +249,8 @@ class Network(nnx.Module):
             graph, state = nnx.split(block)
             slots = table.slots[routed] if config.routed(i) else None
             own = fetch(i) if fetch is not None and slots is not None else None
+            if before is not None:
+                before.append(x)
             x, output = run(graph, state, x, slots, None if keys is None else keys[i], own)
             if output is not None:
                 outputs.append(output)
@@ -259,9 +278,9 @@ class Network(nnx.Module):
 class Head(nnx.Module):
     """The linear heads of many tasks, one after the other: a task owns a run of rows."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, rows: int, width: int, bias: bool = True) -> None:
         self.kernel = nnx.Param(jnp.zeros((rows, width)))
-        self.bias = nnx.Param(jnp.zeros((rows,)))
+        self.bias = nnx.Param(jnp.zeros((rows,))) if bias else None
 
     @jax.named_scope("heads")
     def __call__(self, x: jax.Array, first: jax.Array, outputs: int) -> jax.Array:
@@ -269,12 +288,18 @@ class Head(nnx.Module):
 
         Columns past a task's own outputs hold another task's logits: mask them by the task's number of outputs.
         """
-        kernel, bias = self.kernel[...], self.bias[...]
+        kernel, bias = self.kernel[...], jnp.zeros(()) if self.bias is None else self.bias[...]
         last = kernel.shape[0] - 1
         index = jnp.minimum(first[:, None] + jnp.arange(outputs), last)
         if kernel.shape[0] <= FULL_HEADS:
             return jnp.take_along_axis(x @ kernel.T + bias, index, axis=1)
-        return jnp.einsum("rd,rod->ro", x, kernel[index]) + bias[index]
+        return jnp.einsum("rd,rod->ro", x, kernel[index]) + (bias[index] if bias.ndim else bias)
+
+
+def _level(x: jax.Array, example: jax.Array, num: int) -> jax.Array:
+    """`[N, D]`: the mean over each example of its rows `x [B, S, D]`, each divided by its root mean square."""
+    wide = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return segment_mean(wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + EPSILON), example, num)
 
 
 def _stacked(blocks: list[Block], period: int) -> list[Block]:

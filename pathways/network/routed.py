@@ -72,10 +72,12 @@ class RoutedFeedForward(nnx.Module):
         experts: size of each bank, by kind.
         gates: G.
         candidates: M.
+        rank: R, of the low-rank branch that each gate has beside the experts: `x @ adapter_in @ adapter_out`, zero at
+            the start (Houlsby et al. 2019, in the parallel form of He et al. 2022); 0 for none.
     """
 
     def __init__(
-        self, config: ModelConfig, experts: dict[str, int], gates: int, candidates: int, rngs: nnx.Rngs
+        self, config: ModelConfig, experts: dict[str, int], gates: int, candidates: int, rngs: nnx.Rngs, rank: int = 0
     ) -> None:
         shape = (gates, config.width, candidates)
         noisy = config.gate.kind == "noisy_top_k"
@@ -93,6 +95,9 @@ class RoutedFeedForward(nnx.Module):
         self.shared_kind = first
         self.shared = nnx.Dict(_params(first, rngs, config.shared_experts, config)) if config.shared_experts else None
         self.options = config.gate
+        down = (gates, config.width, rank)
+        self.adapter_in = nnx.Param(config.width**-0.5 * jax.random.normal(rngs.params(), down)) if rank else None
+        self.adapter_out = nnx.Param(jnp.zeros((gates, rank, config.width))) if rank else None
 
     def __call__(
         self,
@@ -120,6 +125,8 @@ class RoutedFeedForward(nnx.Module):
         y = over_rows(compute, {kind: leaves for kind, (leaves, *_) in banks.items()}, x, chosen)
         if self.shared is not None:
             y = y + self._shared(x)
+        if self.adapter_in is not None:
+            y = y + self._adapted(x, rows.gate)
         load, loss = self._balance(routing, rows, slots, weights)
         facts = routed(plan, _row_probs(routing, rows, self.options.unit), rows.task) if statistics else None
         return y, LayerOutput(loss, load, facts, fetched)
@@ -172,6 +179,16 @@ class RoutedFeedForward(nnx.Module):
         num = next(iter(leaves.values())).shape[0]
         everywhere = jnp.broadcast_to(x, (num, *x.shape))
         return jnp.sum(get_kind(self.shared_kind).apply(leaves, everywhere), axis=0).astype(x.dtype)
+
+    def _adapted(self, x: jax.Array, gate: jax.Array) -> jax.Array:
+        """Each row through the low-rank branch of its gate."""
+        assert self.adapter_in is not None
+        assert self.adapter_out is not None
+        down, up = self.adapter_in[...].astype(x.dtype), self.adapter_out[...].astype(x.dtype)
+        if down.shape[0] == 1:
+            return (x @ down[0]) @ up[0]
+        hidden = jnp.einsum("td,gdr->tgr", x, down)[jnp.arange(x.shape[0]), gate]
+        return jnp.einsum("tr,grd->tgd", hidden, up)[jnp.arange(x.shape[0]), gate]
 
     @jax.named_scope("balance")
     def _balance(

@@ -189,7 +189,9 @@ def make_step(
             params, asleep = sleepers.update(params, asleep, grads[1], chosen, norm, finite)
         total_bad = state.bad_total + jnp.where(finite, 0, 1)
         new = TrainState(params, bias, opt_state, state.step + 1, bad, total_bad, counts, asleep)
-        imbalance = jnp.stack([jnp.max(x) / jnp.maximum(jnp.mean(x), 1e-9) for x in load]) if load else jnp.ones((1,))
+        # A layer that a pathway skips has no experts, and no load.
+        uneven = [jnp.max(x) / jnp.maximum(jnp.mean(x), 1e-9) for x in load if x.size]
+        imbalance = jnp.stack(uneven) if uneven else jnp.ones((1,))
         task_rows = jnp.sum(rows, axis=0)
         metrics = Metrics(
             jnp.mean(totals - extras),
