@@ -62,7 +62,9 @@ def register_image(kind: ImageKind) -> ImageKind:
         ValueError: if the name is taken.
     """
     if kind.name in IMAGE_KINDS:
-        raise ValueError(f"image kind {kind.name!r} is registered already; registered: {', '.join(sorted(IMAGE_KINDS))}")
+        raise ValueError(
+            f"image kind {kind.name!r} is registered already; registered: {', '.join(sorted(IMAGE_KINDS))}"
+        )
     IMAGE_KINDS[kind.name] = kind
     return kind
 

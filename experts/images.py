@@ -3,8 +3,8 @@
 `y[n] = sum_k weight[n, k] * expert(slot[n, k])(x[n])`
 
 The choices are sorted once by expert and cut into small blocks, each of one expert. A loop runs over the blocks that
-hold something, as many as there are: its cost follows the choices, not the number of experts, and no example is dropped.
-A block is one ordinary convolution over the examples in it, which every platform does well.
+hold something, as many as there are: its cost follows the choices, not the number of experts, and no example is
+dropped. A block is one ordinary convolution over the examples in it, which every platform does well.
 
 The backward pass is written by hand: it runs over the same blocks. The spatial step's outputs are kept, so that no
 convolution is computed twice, and the movements of examples are gathers in both directions.
@@ -67,7 +67,9 @@ def apply_image_experts(
     for kind, bank in placed:
         get_image_kind(kind)
         if bank.start != end:
-            raise ValueError(f"expected {kind!r} to begin at slot {end}, where the bank before it ends, got {bank.start}")
+            raise ValueError(
+                f"expected {kind!r} to begin at slot {end}, where the bank before it ends, got {bank.start}"
+            )
         end += bank.num
     params = {kind: bank.params for kind, bank in placed}
     places = tuple((kind, bank.start, bank.num) for kind, bank in placed if bank.num)
@@ -156,7 +158,7 @@ def _backward(places, stride, residual, dy):
             d_done = take_rows(flat_weight, order)[:, None, None, None] * d_rows
             d_expert, d_spatial = pull_finish(d_done.astype(done.dtype))
             # Only the pull is used: the convolution's own output is dead code, and is not computed again.
-            _, pull_spatial = jax.vjp(partial(kind.spatial, stride=stride), expert, rows)
+            _, pull_spatial = jax.vjp(lambda expert, rows, kind=kind: kind.spatial(expert, rows, stride), expert, rows)
             more, d_here = pull_spatial(d_spatial)
             d_bank = {leaf: d.at[index].add(d_expert[leaf] + more[leaf]) for leaf, d in d_bank.items()}
             d_weight = _put(d_weight, jnp.sum(done.astype(dy.dtype) * d_rows, axis=(1, 2, 3)), at)

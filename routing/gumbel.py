@@ -1,11 +1,11 @@
-"""Routing per task by a learned matrix of gates by candidates, with Gumbel noise (Maziarz et al. 2019, arXiv:1910.04915).
+"""Routing per task by a learned matrix of gates by candidates, with Gumbel noise (Maziarz et al. 2019).
 
 Each cell of the matrix is the logit of an on/off variable: whether the tasks of a gate use a candidate. In training the
 variables are sampled once for each gate and call, by the Gumbel-softmax over {on, off}, which is a sigmoid of the logit
 plus logistic noise, over the temperature; forward they are 0 or 1, and gradients are those of the sigmoid ("straight
 through"). Without noise a candidate is on where its logit is positive.
 
-Unlike the paper, at most K candidates of a gate are on at once: the K highest of its samples. So the cost of an example
+Source: arXiv:1910.04915. Unlike there, at most K candidates of a gate are on at once: the K highest of its samples. So the cost of an example
 is bounded, and what is off is not computed. At least one is on: the highest. The weights of what is on are 1, or with
 `renormalize` they are divided by their number, so that layers do not grow with it.
 
@@ -62,5 +62,7 @@ def gumbel_matrix(
     probs = jnp.where(candidates, jax.nn.sigmoid(logits), 0.0)
     of_gate = Routing(choice, weight, probs, chosen, jnp.where(candidates, logits, -jnp.inf))
     rows = jax.tree.map(lambda leaf: leaf[gate], of_gate)
-    padding = Routing(*(jnp.asarray(value, leaf.dtype) for value, leaf in zip((num, 0, 0, 0, -jnp.inf), rows, strict=True)))
+    padding = Routing(
+        *(jnp.asarray(value, leaf.dtype) for value, leaf in zip((num, 0, 0, 0, -jnp.inf), rows, strict=True))
+    )
     return jax.tree.map(lambda row, none: jnp.where(valid[:, None], row, none), rows, padding)

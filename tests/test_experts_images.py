@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,7 +64,10 @@ def test_a_convolution_is_normalised_per_example_and_group_then_cut_at_zero(name
 def test_the_cross_is_two_convolutions_with_nothing_between() -> None:
     x = np.random.default_rng(2).normal(size=(1, 7, 9, CHANNELS))
     with jax.enable_x64(True):
-        one = {leaf: jnp.asarray(np.asarray(v[0], np.float64)) for leaf, v in banks_of(np.float32)["conv1x7_7x1"][0].items()}
+        one = {
+            leaf: jnp.asarray(np.asarray(v[0], np.float64))
+            for leaf, v in banks_of(np.float32)["conv1x7_7x1"][0].items()
+        }
         got = get_image_kind("conv1x7_7x1").spatial(one, jnp.asarray(x), 2)
         kernels = np.asarray(one["kernel"]), np.asarray(one["kernel2"])
     # The kernels multiply: [1, 7, C, Z] then [7, 1, Z, Y] is one of [7, 7, C, Y], but for what the padding cuts off.
@@ -97,31 +102,39 @@ LOADS = {
 }
 
 
+@functools.cache
+def compiled(stride: int, dtype: str, dense: bool):
+    """`(slot, x, weight, toward) -> (output, gradients)`, compiled once for all loads."""
+    banks = {name: (bank, start) for name, (bank, start, _) in banks_of(np.dtype(dtype).type).items()}
+
+    def loss(leaves, x, weight, slot, toward):
+        placed = {name: (leaves[name], start, SIZES[name]) for name, (_, start) in banks.items()}
+        y = apply_image_experts(placed, x, Plan(slot, weight), stride=stride, block_size=2, dense=dense)
+        return jnp.sum(y * toward), y
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    leaves = {name: bank for name, (bank, _) in banks.items()}
+
+    def call(slot, x, weight, toward):
+        (_, y), grads = run(leaves, *(jnp.asarray(a, dtype) for a in (x, weight)), slot, jnp.asarray(toward, dtype))
+        return jax.tree.map(np.asarray, (y, grads))
+
+    return call
+
+
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_grouped_equals_dense_in_outputs_and_gradients(load: str, stride: int) -> None:
     rng = np.random.default_rng(3)
     slot = LOADS[load](rng).astype(np.int32)
     x, weight = rng.normal(size=(NUM, 5, 6, CHANNELS)), rng.normal(size=(NUM, K))
-    toward = rng.normal(size=(NUM, -(-5 // stride), -(-6 // stride), CHANNELS))
-
-    def run(dtype: type, dense: bool):
-        banks = {name: (bank, start) for name, (bank, start, _) in banks_of(dtype).items()}
-
-        def loss(leaves, x, weight):
-            placed = {name: (leaves[name], start, SIZES[name]) for name, (_, start) in banks.items()}
-            y = apply_image_experts(placed, x, Plan(jnp.asarray(slot), weight), stride=stride, block_size=2, dense=dense)
-            return jnp.sum(y * jnp.asarray(toward, dtype)), y
-
-        given = ({name: bank for name, (bank, _) in banks.items()}, jnp.asarray(x, dtype), jnp.asarray(weight, dtype))
-        (_, y), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*given)
-        return jax.tree.map(np.asarray, (y, grads))
-
+    given = (slot, x, weight, rng.normal(size=(NUM, -(-5 // stride), -(-6 // stride), CHANNELS)))
     with jax.enable_x64(True):
-        oracle = run(np.float64, dense=True)
-        exact = run(np.float64, dense=False)
+        oracle = compiled(stride, "float64", True)(*given)
+        exact = compiled(stride, "float64", False)(*given)
     jax.tree.map(lambda a, b: assert_close(a, b, "float64", scale=10.0), exact, oracle)
-    jax.tree.map(lambda a, b: assert_close(a, b, "float32", scale=10.0), run(np.float32, dense=False), oracle)
+    quick = compiled(stride, "float32", False)(*given)
+    jax.tree.map(lambda a, b: assert_close(a, b, "float32", scale=10.0), quick, oracle)
 
 
 def test_what_a_padding_example_holds_touches_no_other() -> None:

@@ -57,7 +57,8 @@ def test_samples_are_on_as_often_as_the_sigmoid_says_at_any_temperature() -> Non
         none = np.prod(1 - chance)
         # The best is on even where none is; that adds at most the chance of none. Four deviations of 4000 coins: .032.
         off = np.asarray(load.mean(0)) - chance
-        assert (off > -0.032).all() and (off < 0.032 + none).all(), (temperature, off)
+        assert (off > -0.032).all(), (temperature, off)
+        assert (off < 0.032 + none).all(), (temperature, off)
 
 
 def test_gradients_are_those_of_the_sigmoid() -> None:

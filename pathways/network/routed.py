@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experts.compute import apply_experts
+from experts.image_kinds import IMAGE_KINDS, get_image_kind
 from experts.kinds import get_kind
 from pathways.config import BalanceOptions, ModelConfig
 from pathways.devices import over_rows
@@ -21,6 +22,7 @@ from pathways.network.layers import segment_mean
 from routing import balance
 from routing.counters import Counters, count
 from routing.gates import GateConfig, Routing, gate_logits, route, sum_by_slot, to_slots
+from routing.gumbel import gumbel_matrix
 from routing.plan import Plan
 
 
@@ -64,7 +66,7 @@ class LayerOutput(NamedTuple):
 
 
 class RoutedFeedForward(nnx.Module):
-    """Gates `[G, D, M]` over slots of banks `[E, ...]`.
+    """Gates `[G, D, M]`, or `[G, M]` where they do not look at rows, over slots of banks `[E, ...]`.
 
     Args:
         config: sizes and the gate's kind.
@@ -76,16 +78,16 @@ class RoutedFeedForward(nnx.Module):
     def __init__(
         self, config: ModelConfig, experts: dict[str, int], gates: int, candidates: int, rngs: nnx.Rngs
     ) -> None:
-        shape = (gates, config.width, candidates)
-        noisy = config.gate.kind == "noisy_top_k"
-        scale = 0.0 if noisy else config.width**-0.5
+        noisy, matrix = config.gate.kind == "noisy_top_k", config.gate.kind == "gumbel_matrix"
+        shape = (gates, candidates) if matrix else (gates, config.width, candidates)
+        scale = 0.0 if noisy or matrix else config.width**-0.5
         self.gate = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
         self.noise = nnx.Param(jnp.zeros(shape)) if noisy else None
         self.bias = BalanceBias(jnp.zeros((gates, candidates))) if config.gate.kind == "sigmoid_top_k" else None
         self.sizes = tuple(experts.items())
         self.num_slots = sum(experts.values())
         self.banks = nnx.Dict(
-            {kind: nnx.Dict(_params(kind, rngs, num, config)) for kind, num in experts.items() if _has_leaves(kind)}
+            {kind: nnx.Dict(_params(kind, rngs, num, config)) for kind, num in experts.items() if has_leaves(kind)}
         )
         # Of the configuration, not of `experts`: a pathway may use no expert of the first kind.
         first = next(iter(config.experts))
@@ -110,7 +112,7 @@ class RoutedFeedForward(nnx.Module):
         With `fetch`, the experts that rows chose are fetched, and the layer's own banks are not touched.
         """
         routing, plan = self.plan(x, rows, slots, key)
-        banks, chosen, fetched = self._banks(), plan, {}
+        banks, chosen, fetched = self.placed(), plan, {}
         if fetch is not None:
             banks, chosen, fetched = fetch_chosen(self.sizes, plan, fetch)
 
@@ -120,15 +122,37 @@ class RoutedFeedForward(nnx.Module):
         y = over_rows(compute, {kind: leaves for kind, (leaves, *_) in banks.items()}, x, chosen)
         if self.shared is not None:
             y = y + self._shared(x)
+        return y, self.account(
+            routing, plan, rows, slots, weights, num_tasks=num_tasks, statistics=statistics, fetched=fetched
+        )
+
+    def account(
+        self,
+        routing: Routing,
+        plan: Plan,
+        rows: RowContext,
+        slots: jax.Array,
+        weights: BalanceOptions,
+        *,
+        num_tasks: int,
+        statistics: bool,
+        fetched: dict[str, jax.Array] | None = None,
+    ) -> LayerOutput:
+        """What the layer did, as `LayerOutput` says."""
         load, loss = self._balance(routing, rows, slots, weights)
         counters = None
         if statistics:
             counters = count(plan, _row_probs(routing, rows, self.options.unit), rows.task, num_tasks, self.num_slots)
-        return y, LayerOutput(loss, load, counters, fetched)
+            if self.options.kind == "gumbel_matrix":  # a candidate that is off was not dropped
+                counters = counters._replace(drops=jnp.zeros_like(counters.drops))
+        return LayerOutput(loss, load, counters, fetched or {})
 
     def plan(self, x: jax.Array, rows: RowContext, slots: jax.Array, key: jax.Array | None) -> tuple[Routing, Plan]:
         """Routes each row, or each example for all of its rows. The routing returned is per routed unit."""
-        config = GateConfig(kind=self.options.kind, top_k=self.options.top_k, renormalize=self.options.renormalize)
+        options = self.options
+        config = GateConfig(
+            options.kind, options.top_k, renormalize=options.renormalize, temperature=options.temperature
+        )
         whole = self.options.unit == "example"
         num = rows.example_task.shape[0]
         unit = segment_mean(x, rows.example, num) if whole else x
@@ -138,6 +162,10 @@ class RoutedFeedForward(nnx.Module):
         if rows.embedding is not None:
             embedding = rows.embedding if whole else rows.embedding[jnp.maximum(rows.example, 0)]
         bias = None if self.bias is None else self.bias[...][gate]
+        if config.kind == "gumbel_matrix":
+            exists = slots < self.num_slots
+            routing = gumbel_matrix(config, self.gate[...], gate, valid=valid, candidates=exists, key=key)
+            return routing, self._by_row(to_slots(routing, slots, gate, self.num_slots), rows)
         routing = route(
             config,
             gate_logits(unit, self.gate[...], gate, task_embedding=embedding),
@@ -150,14 +178,17 @@ class RoutedFeedForward(nnx.Module):
             balance_bias=bias,
             deterministic=key is None,
         )
-        plan = to_slots(routing, slots, gate, self.num_slots)
-        if whole:
-            index = jnp.maximum(rows.example, 0)
-            on = rows.valid[:, None]
-            plan = Plan(jnp.where(on, plan.slot[index], self.num_slots), jnp.where(on, plan.weight[index], 0.0))
-        return routing, plan
+        return routing, self._by_row(to_slots(routing, slots, gate, self.num_slots), rows)
 
-    def _banks(self) -> PlacedBanks:
+    def _by_row(self, plan: Plan, rows: RowContext) -> Plan:
+        """The plan of the routed units, for each row: as it is, or each example's for all of its rows."""
+        if self.options.unit == "token":
+            return plan
+        index, on = jnp.maximum(rows.example, 0), rows.valid[:, None]
+        return Plan(jnp.where(on, plan.slot[index], self.num_slots), jnp.where(on, plan.weight[index], 0.0))
+
+    def placed(self) -> PlacedBanks:
+        """The banks, each with the slots that it owns."""
         banks, start = {}, 0
         for kind, num in self.sizes:
             leaves = {name: leaf[...] for name, leaf in self.banks[kind].items()} if kind in self.banks else {}
@@ -221,7 +252,7 @@ def fetch_chosen(
         local = plan.slot - first
         mine = (local >= 0) & (local < num)
         room, leaves = num, {}
-        if _has_leaves(kind) and num:
+        if has_leaves(kind) and num:
             room = min(num, plan.slot.size)
             index = jnp.unique(jnp.where(mine, local, num), size=room, fill_value=num)
             leaves, fetched[kind] = fetch(kind, index), index
@@ -233,12 +264,16 @@ def fetch_chosen(
 
 
 def _params(kind: str, rngs: nnx.Rngs, num: int, config: ModelConfig) -> dict[str, nnx.Param]:
-    leaves = get_kind(kind).init(rngs.params(), num, config.width, config.hidden, jnp.float32)
+    if config.trunk == "conv":
+        leaves = get_image_kind(kind).init(rngs.params(), num, config.width, jnp.float32)
+    else:
+        leaves = get_kind(kind).init(rngs.params(), num, config.width, config.hidden, jnp.float32)
     return {name: nnx.Param(leaf) for name, leaf in leaves.items()}
 
 
-def _has_leaves(kind: str) -> bool:
-    return get_kind(kind).parameters(1, 1) > 0
+def has_leaves(kind: str) -> bool:
+    """Whether experts of this kind, of rows or of images, have parameters."""
+    return get_image_kind(kind).parameters(1) > 0 if kind in IMAGE_KINDS else get_kind(kind).parameters(1, 1) > 0
 
 
 def _row_probs(routing: Routing, rows: RowContext, unit: str) -> jax.Array:
