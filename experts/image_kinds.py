@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from experts.convolution import convolve
 from experts.kinds import Bank, choose
 
 GROUPS = 4
 """Groups of channels of each group norm."""
 EPSILON = 1e-5
-LAYOUT = ("NHWC", "HWIO", "NHWC")
 SQUARE = (1, 3, 3, 1)
 
 
@@ -87,11 +87,6 @@ def group_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     return (grouped.reshape(x.shape) * scale + bias).astype(x.dtype)
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: tuple[int, int]) -> jax.Array:
-    """`x [b, H, W, C]`, `kernel [h, w, C, Z]` -> `[b, H', W', Z]` of x's type."""
-    return lax.conv_general_dilated(x, kernel.astype(x.dtype), stride, "SAME", dimension_numbers=LAYOUT)
-
-
 def he_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Normal of variance 2 / fan-in (He et al. 2015), for kernels `[E, h, w, C, Z]`."""
     fan_in = shape[1] * shape[2] * shape[3]
@@ -122,7 +117,7 @@ def _convolution(name: str, *sizes: tuple[int, int]) -> ImageKind:
     def spatial(expert: Bank, x: jax.Array, stride: int) -> jax.Array:
         strides = [(stride, stride)] if len(sizes) == 1 else [(1, stride), (stride, 1)]
         for leaf, step in zip(leaves, strides, strict=True):
-            x = convolve(x, expert[leaf], step)
+            x = convolve(x, expert[leaf].astype(x.dtype), step)
         return x
 
     taps = sum(h * w for h, w in sizes)

@@ -5,9 +5,9 @@ variables are sampled once for each gate and call, by the Gumbel-softmax over {o
 plus logistic noise, over the temperature; forward they are 0 or 1, and gradients are those of the sigmoid ("straight
 through"). Without noise a candidate is on where its logit is positive.
 
-Source: arXiv:1910.04915. Unlike there, at most K candidates of a gate are on at once: the K highest of its samples. So the cost of an example
-is bounded, and what is off is not computed. At least one is on: the highest. The weights of what is on are 1, or with
-`renormalize` they are divided by their number, so that layers do not grow with it.
+Unlike the paper (arXiv:1910.04915), at most K candidates of a gate are on at once: the K highest of its samples. So the
+cost of an example is bounded, and what is off is not computed. At least one is on: the highest. The weights of what is
+on are 1, or with `renormalize` they are divided by their number, so that layers do not grow with it.
 
 Axis letters: T rows, G gates, M candidates, K candidates chosen at most.
 """

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experts.image_kinds import convolve, group_norm, he_normal
+from experts.convolution import convolve
+from experts.image_kinds import group_norm, he_normal
 from experts.images import apply_image_experts
 from pathways.config import BalanceOptions, ModelConfig
 from pathways.convolution import feature_width
@@ -41,7 +42,7 @@ class ImageStem(nnx.Module):
 
     def __call__(self, images: jax.Array, dtype: Any) -> jax.Array:
         """`[N, P, P, channels]` in 0..1 -> `[N, P, P, D]` of a compute type."""
-        x = convolve((images * 2.0 - 1.0).astype(dtype), self.kernel[...], (1, 1))
+        x = convolve((images * 2.0 - 1.0).astype(dtype), self.kernel[...].astype(dtype), (1, 1))
         return jax.nn.relu(group_norm(x, self.scale[...], self.bias[...]))
 
 
