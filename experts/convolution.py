@@ -1,8 +1,8 @@
 """A convolution whose gradients are fast inside loops.
 
-XLA's CPU backend brings only convolutions of the outermost computation to the form that its fast routine takes. The two
-of a backward pass are of other forms, so inside a loop they fall to a routine that is about fifty times slower (jax 0.10
-to 0.12). Here, on CPU, they are written in that form by hand; elsewhere they are autodiff's.
+XLA's CPU backend brings only convolutions of the outermost computation to the form that its fast routine takes. The
+two of a backward pass are of other forms, so inside a loop they fall to a routine that is tens of times slower. Here,
+on CPU, they are written in that form by hand; elsewhere they are autodiff's.
 
 Axis letters: b examples, H, W height and width, h, w those of a kernel, C channels, Z output channels, s stride.
 """

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from experts.image_kinds import GROUPS
 from tasks.encoded import EncoderSettings
+from tasks.errors import UserError
 
 if TYPE_CHECKING:
     from pathways.config import Config, ModelConfig
@@ -48,3 +49,20 @@ def mistakes(config: Config) -> Iterator[tuple[str, str, str]]:
     for name, (value, only) in of_tokens.items():
         if value != only:
             yield "A convolutional trunk does not have this.", f"model.{name} = {only}", f"model.{name} = {value}"
+
+
+def refuse_adding(config: ModelConfig, where: str) -> None:
+    """Refuses to add a task to a model whose parts cannot be taken by another yet.
+
+    Raises:
+        UserError: for a convolutional trunk, or a gate that is a matrix.
+    """
+    trunk, kind = config.trunk, config.gate.kind
+    if trunk == "conv" or kind == "gumbel_matrix":
+        raise UserError(
+            "Tasks cannot be added to such a model yet; nothing was changed.",
+            where=where,
+            expected='model.trunk = "tokens" and a gate that looks at rows',
+            got=f"model.trunk = {trunk}, model.gate.kind = {kind}",
+            fix="train all tasks jointly",
+        )

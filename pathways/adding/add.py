@@ -31,6 +31,7 @@ from pathways.adding.fit import (
 from pathways.adding.protect import make_probe
 from pathways.adding.search import Choice, choose, reference
 from pathways.adding.start import Start, prepare, reference_submodel, touched
+from pathways.convolution import refuse_adding
 from pathways.data import Data, cache_folder, encode_tasks, fit_tasks, streams_of, subset
 from pathways.evaluation import Sum, record
 from pathways.model import Model, open_for_writing
@@ -102,6 +103,7 @@ def add_task(
     began = time.monotonic()
     say = _speaker(quiet, console)
     _, model = open_for_writing(model_path)
+    refuse_adding(model.config.model, model.path)
     _check_request(model, task, new_experts, candidates, steps, learning_rate)
     fitted, splits = _data(model, task, say)
     recipe = make_recipe(model.config, splits.train, steps, learning_rate, seed)
