@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny import first_batch, make_config, make_tasks, random_submodel
+from tolerance import assert_close
 
-from pathways.config import Config, GateOptions, check
+from pathways.config import Config, GateOptions, MeshOptions, check
 from pathways.convolution import feature_width
 from pathways.model import Model
 from pathways.training.joint import prepare, train
@@ -170,3 +171,29 @@ def test_adding_is_refused_and_changes_nothing(model: Model, data: tuple[Task, .
     with pytest.raises(UserError, match="cannot be added to such a model yet"):
         add_task(model.path, replace(data[0], name="other"), quiet=True)
     assert Model.open(model.path).version == before
+
+
+def test_show_says_what_it_is(model: Model) -> None:
+    from pathways.describe import drawing, model_facts
+
+    facts = dict(model_facts(model))
+    assert facts["layers"] == "2 of 8 channels, with strides 2, 1"
+    assert facts["experts by"].startswith("blocks of images on")
+    assert facts["layer 0"] == "2 conv3x3, 1 conv1x7_7x1, 1 average_pool, 1 identity"
+    assert "conv1x7_7x1" in drawing(model, "side")
+
+
+def test_devices_share_the_examples_and_change_nothing(data: tuple[Task, ...]) -> None:
+    from pathways.devices import Placement, mesh_of
+
+    config = conv_config(data, kind="softmax_top_k", scope="shared")
+    prepared = prepare(replace(config, mesh=MeshOptions(data=2)))
+    sub, batch = random_submodel(prepared), first_batch(prepared)
+    alone = sub.run(batch, statistics=True)
+    mesh = mesh_of(prepared.config)
+    with jax.set_mesh(mesh):
+        placed = Placement(mesh).batch(jax.tree.map(lambda leaf: leaf[None], batch))
+        shared = sub.run(jax.tree.map(lambda leaf: leaf[0], placed), statistics=True)
+    assert_close(shared.logits, alone.logits, scale=10.0)
+    for one, other in zip(alone.layers, shared.layers, strict=True):
+        assert np.array_equal(one.load, other.load)
