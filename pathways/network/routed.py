@@ -65,6 +65,12 @@ class LayerOutput(NamedTuple):
     fetched: dict[str, jax.Array]
 
 
+MATRIX_SPREAD = 3.0
+"""Standard deviation of a Gumbel matrix's first logits; that of its noise is 1.8."""
+MATRIX_GAIN = 10.0
+"""Logits of a Gumbel matrix for one of its parameters: it moves ten times as fast as weights do at the same rate."""
+
+
 class RoutedFeedForward(nnx.Module):
     """Gates `[G, D, M]`, or `[G, M]` where they do not look at rows, over slots of banks `[E, ...]`.
 
@@ -79,9 +85,15 @@ class RoutedFeedForward(nnx.Module):
         self, config: ModelConfig, experts: dict[str, int], gates: int, candidates: int, rngs: nnx.Rngs
     ) -> None:
         noisy, matrix = config.gate.kind == "noisy_top_k", config.gate.kind == "gumbel_matrix"
-        shape = (gates, candidates) if matrix else (gates, config.width, candidates)
-        scale = 0.0 if noisy or matrix else config.width**-0.5
-        self.gate = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+        shape = (gates, config.width, candidates)
+        scale = 0.0 if noisy else config.width**-0.5
+        if matrix:
+            # All gates start alike, each layer with some candidates well ahead: tasks share until it pays to part.
+            # From zero every step would draw other experts, and the heads would have nothing to hold on to.
+            first = MATRIX_SPREAD / MATRIX_GAIN * jax.random.normal(rngs.params(), (1, candidates))
+            self.gate = nnx.Param(jnp.repeat(first, gates, axis=0))
+        else:
+            self.gate = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
         self.noise = nnx.Param(jnp.zeros(shape)) if noisy else None
         self.bias = BalanceBias(jnp.zeros((gates, candidates))) if config.gate.kind == "sigmoid_top_k" else None
         self.sizes = tuple(experts.items())
@@ -164,7 +176,7 @@ class RoutedFeedForward(nnx.Module):
         bias = None if self.bias is None else self.bias[...][gate]
         if config.kind == "gumbel_matrix":
             exists = slots < self.num_slots
-            routing = gumbel_matrix(config, self.gate[...], gate, valid=valid, candidates=exists, key=key)
+            routing = gumbel_matrix(config, MATRIX_GAIN * self.gate[...], gate, valid=valid, candidates=exists, key=key)
             return routing, self._by_row(to_slots(routing, slots, gate, self.num_slots), rows)
         routing = route(
             config,
