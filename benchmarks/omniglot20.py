@@ -12,7 +12,7 @@ the mean over the alphabets of the test error.
 `small` is not that benchmark: 28x28, a network of four layers of `configs/omniglot20_28.toml`. Its arms see as many
 examples, in as many steps of the same size, and spend no more operations on one:
 
-- `routed`: the configuration, two experts of seven per layer, chosen per task by a Gumbel matrix;
+- `routed`: the configuration, two experts of seven per layer, chosen by each example through a softmax gate;
 - `shared`: the same trunk with two experts per layer, a 3x3 and a 5x5 convolution, through which all tasks go;
 - `single`: that trunk once for each task, trained alone on as many of its examples as the joint models see of it.
 
