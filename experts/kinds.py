@@ -12,9 +12,9 @@ float64 rows).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 Bank = dict[str, jax.Array]
 """The experts of one kind in one layer, stacked: each leaf `[E, ...]`. The identity bank has no leaves."""
 
+Kind = TypeVar("Kind")
 Affine = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 """`(rows, w [n, A, Z], b [n, Z] or None) -> rows` in the accumulator's type: each row by its own expert's matrix."""
 
@@ -88,11 +89,23 @@ def get_kind(name: str) -> ExpertKind:
     Raises:
         ValueError: for an unknown name, with the nearest known one.
     """
-    if name not in KINDS:
-        near = difflib.get_close_matches(name, KINDS, n=1)
+    return choose(KINDS, name, "expert kind")
+
+
+def choose(kinds: Mapping[str, Kind], name: str, what: str) -> Kind:
+    """The kind of this name in a registry.
+
+    Args:
+        what: the registry holds, for the message.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown expert kind {name!r}, expected one of {', '.join(sorted(KINDS))}{hint}")
-    return KINDS[name]
+        raise ValueError(f"unknown {what} {name!r}, expected one of {', '.join(sorted(kinds))}{hint}")
+    return kinds[name]
 
 
 def _lecun(key: jax.Array, shape: tuple[int, int, int], dtype: Any) -> jax.Array:

@@ -27,17 +27,21 @@ class GateOptions:
     """How rows choose experts.
 
     Attributes:
-        kind: `noisy_top_k` (Shazeer 2017), `softmax_top_k`, or `sigmoid_top_k` with a balance bias (loss-free).
+        kind: `noisy_top_k` (Shazeer 2017), `softmax_top_k`, `sigmoid_top_k` with a balance bias (loss-free), or
+            `gumbel_matrix` (Maziarz 2019), which chooses per gate and not per row: per task where scope is `task`.
         scope: one gate `shared` by all tasks, shared but conditioned on a `task_embedding`, or one per `task`.
-        top_k: experts per row.
-        renormalize: make the chosen weights of a row sum to one (`softmax_top_k` only; the others always do).
+        top_k: experts per row; for `gumbel_matrix` the most.
+        renormalize: make the chosen weights of a row sum to one (`softmax_top_k` and `gumbel_matrix`; the others
+            always do).
+        temperature: of the samples of `gumbel_matrix`.
         unit: route each `token`, or each whole `example` (all its tokens take the same experts).
     """
 
-    kind: Literal["noisy_top_k", "softmax_top_k", "sigmoid_top_k"] = "softmax_top_k"
+    kind: Literal["noisy_top_k", "softmax_top_k", "sigmoid_top_k", "gumbel_matrix"] = "softmax_top_k"
     scope: Literal["shared", "task_embedding", "task"] = "shared"
     top_k: int = 2
     renormalize: bool = True
+    temperature: float = 1.0
     unit: Literal["token", "example"] = "token"
 
 
@@ -46,22 +50,28 @@ class ModelConfig:
     """Sizes of the trunk and its banks.
 
     Attributes:
-        width: D, the width of a row.
-        layers: transformer layers.
+        trunk: transformer layers over `tokens`, or `conv`: routed layers of image experts over whole images. `heads`,
+            `neighbours`, `hidden`, `shared_experts`, `routed_every` and `scan_layers` are of tokens only.
+        width: D, the width of a row, or the channels of an image.
+        layers: transformer layers, or layers of image experts.
+        strides: of each layer of `conv`.
         heads: attention heads; must divide `width`.
         neighbours: tokens on either side that a token takes in before attention, scaled per channel; 0 for none.
         hidden: F, the hidden width of one expert (and of a dense feed-forward layer, times `top_k`).
-        experts: experts per bank of a routed layer, by kind, e.g. `{mlp = 32, identity = 1}`.
+        experts: experts per bank of a routed layer, by kind, e.g. `{mlp = 32, identity = 1}`, or, of images,
+            `{conv3x3 = 2, max_pool = 1}`.
         shared_experts: experts of the first kind that every row visits besides those it chooses.
         routed_every: every n-th layer is routed, the others are dense; 1 routes all.
-        dropout: on the output of attention and feed-forward, in training.
+        dropout: on the output of attention and feed-forward, or on what the heads of `conv` read, in training.
         dtype: compute type; parameters, router and losses stay float32.
         remat: recompute each layer in the backward pass, to save memory.
         scan_layers: one compiled layer for all, so that compile time does not grow with depth.
     """
 
+    trunk: Literal["tokens", "conv"] = "tokens"
     width: int = 128
     layers: int = 4
+    strides: tuple[int, ...] = ()
     heads: int = 4
     neighbours: int = 2
     hidden: int = 256
@@ -262,7 +272,9 @@ def check_keys(kind: Any, table: dict[str, Any], where: str, prefix: str = "") -
 def check(config: Config, where: str = "configuration") -> Config:
     """Refuses sizes that cannot work together, naming both numbers."""
     # Imported here: the kinds are arrays' business, and reading the types of a configuration must stay light.
+    from experts.image_kinds import IMAGE_KINDS
     from experts.kinds import KINDS
+    from pathways.convolution import mistakes
 
     model, train = config.model, config.train
 
@@ -292,10 +304,21 @@ def check(config: Config, where: str = "configuration") -> Config:
         f"model.layers a multiple of model.routed_every = {model.routed_every}",
         f"model.layers = {model.layers}",
     )
+    kinds = IMAGE_KINDS if model.trunk == "conv" else KINDS
     for kind, number in model.experts.items():
-        names = ", ".join(KINDS)
-        need(kind in KINDS, "Unknown kind of expert.", f"model.experts of the kinds {names}", f"model.experts.{kind}")
+        names = ", ".join(kinds)
+        need(kind in kinds, "Unknown kind of expert.", f"model.experts of the kinds {names}", f"model.experts.{kind}")
         need(number >= 0, "A number of experts is negative.", f"model.experts.{kind} >= 0", f"{number}")
+    for problem, expected, got in mistakes(config) if model.trunk == "conv" else ():
+        need(False, problem, expected, got)
+    gumbel = model.gate.kind == "gumbel_matrix"
+    need(
+        not gumbel or model.gate.scope != "task_embedding",
+        "A Gumbel matrix does not look at embeddings.",
+        "model.gate.scope task or shared",
+        "task_embedding",
+    )
+    need(model.gate.temperature > 0, "A value must be positive.", "model.gate.temperature > 0", "0 or less")
     first = next(iter(model.experts))
     need(
         not model.shared_experts or bool(KINDS[first].parameters(1, 1)),

@@ -24,6 +24,7 @@ from pathways.store.compact import stored_bytes
 from tasks.metrics import metric_names
 
 if TYPE_CHECKING:
+    from pathways.config import ModelConfig
     from pathways.submodel import TaskEntry
 
 Pair = tuple[str, str]
@@ -188,13 +189,23 @@ def model_facts(model: Model) -> list[Pair]:
         ("active per row", f"{span} (top {config.gate.top_k} of each layer's experts)"),
         ("private to tasks", report.count(own)),
         ("shared", report.count(sizes.total - own)),
-        ("layers", f"{config.layers} of width {config.width}, {len(model.routed_layers)} of them with experts"),
+        ("layers", _layers(config, len(model.routed_layers))),
         ("gate", f"{config.gate.kind}, {config.gate.scope}, one choice per {config.gate.unit}"),
-        ("experts by", f"{choose_backend(jnp.dtype(config.dtype))} on {jax.default_backend()} in {config.dtype}"),
+        ("experts by", f"{_backend(config)} on {jax.default_backend()} in {config.dtype}"),
     ]
     for layer, banks in zip(model.routed_layers, model.bank_sizes, strict=True):
         facts.append((f"layer {layer}", ", ".join(f"{report.integer(n)} {kind}" for kind, n in banks.items())))
     return [*facts, ("store", report.size(stored_bytes(beside(model.path, STORE))))]
+
+
+def _layers(config: ModelConfig, routed: int) -> str:
+    if config.trunk == "conv":
+        return f"{config.layers} of {config.width} channels, with strides {', '.join(map(str, config.strides))}"
+    return f"{config.layers} of width {config.width}, {routed} of them with experts"
+
+
+def _backend(config: ModelConfig) -> str:
+    return "blocks of images" if config.trunk == "conv" else choose_backend(jnp.dtype(config.dtype))
 
 
 def task_facts(model: Model, name: str) -> list[Pair]:

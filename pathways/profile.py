@@ -23,7 +23,7 @@ def profiles(sub: SubModel, examples: Mapping[str, Sequence[Example]]) -> dict[s
     choices that each expert took. `usage` lists the experts of this sub-model: `{kind: {index: share}}`.
     """
     named = ((task, example) for task, items in examples.items() for example in items)
-    total = np.zeros((len(sub.names), sub.config.model.width))
+    total = np.zeros((len(sub.names), sub.pooled_width))
     seen = np.zeros(len(sub.names))
     rows: list[np.ndarray] = []
     for batch, _ in packed(sub, run_shape(sub, sub.layout.size.streams), named):

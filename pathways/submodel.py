@@ -19,6 +19,8 @@ from flax import nnx
 
 from pathways.assemble import Layout, Part, Path, by_layer, from_layers, read_arrays
 from pathways.config import BalanceOptions, Config
+from pathways.convolution import feature_width
+from pathways.network.conv import ConvNetwork
 from pathways.network.network import Network, NetworkSize, Outputs, TaskTable
 from pathways.network.routed import BalanceBias
 from pathways.pathway import Pathway
@@ -86,6 +88,12 @@ class SubModel:
         return _count(layers, self.layout.size.tasks, self.layout.size.slots)
 
     @property
+    def pooled_width(self) -> int:
+        """Width of `Outputs.pooled`, which the heads of examples read."""
+        config = self.config
+        return feature_width(config.model, config.encoders) if config.model.trunk == "conv" else config.model.width
+
+    @property
     def num_parameters(self) -> int:
         return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.params))
 
@@ -113,7 +121,13 @@ def fitting(config: Config, layout: Layout) -> Config:
 
 def abstract_network(config: Config, layout: Layout) -> Any:
     """The network's structure without arrays."""
-    return nnx.eval_shape(lambda: Network(config.model, config.encoders, layout.size, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: make_network(config, layout, nnx.Rngs(0)))
+
+
+def make_network(config: Config, layout: Layout, rngs: nnx.Rngs) -> Network | ConvNetwork:
+    """The network with the trunk that the configuration names."""
+    trunk = ConvNetwork if config.model.trunk == "conv" else Network
+    return trunk(config.model, config.encoders, layout.size, rngs)
 
 
 def skeleton(config: Config, layout: Layout) -> tuple[Any, Any]:
@@ -136,8 +150,7 @@ def initial_submodel(
 
     @jax.jit
     def make(key: jax.Array) -> Any:
-        network = Network(config.model, config.encoders, layout.size, nnx.Rngs(params=key))
-        return nnx.state(network)
+        return nnx.state(make_network(config, layout, nnx.Rngs(params=key)))
 
     graph = nnx.graphdef(abstract_network(config, layout))
     return SubModel(config, entries, layout, tokenizer, nnx.merge(graph, make(jax.random.key(seed))))

@@ -30,12 +30,13 @@ class Counters(NamedTuple):
 class Routed(NamedTuple):
     """What one batch's rows did in one layer: small, as it grows with rows and not with slots.
 
-    `slot [T, K]` int32, `weight [T, K]`, `entropy [T]` of the gate's scores in nats, `task [T]` int32. A row whose task
-    is outside `0..N-1`, or that goes nowhere with all K, is not counted.
+    `slot [T, K]` int32, `weight [T, K]`, `drops [T]` choices without a slot, `entropy [T]` of the gate's scores in
+    nats, `task [T]` int32. A row whose task is outside `0..N-1`, or that goes nowhere with all K, is not counted.
     """
 
     slot: jax.Array
     weight: jax.Array
+    drops: jax.Array
     entropy: jax.Array
     task: jax.Array
 
@@ -52,10 +53,10 @@ def add(a: Counters, b: Counters) -> Counters:
 
 
 @jax.named_scope("statistics")
-def routed(plan: Plan, probs: jax.Array, task: jax.Array) -> Routed:
+def routed(plan: Plan, probs: jax.Array, task: jax.Array, num_slots: int) -> Routed:
     """The facts of a batch, `probs [T, M]` being the gate's scores. No gradient flows through them."""
     slot, weight, probs = jax.lax.stop_gradient((plan.slot, plan.weight, probs))
-    return Routed(slot, weight, entropy(probs), task)
+    return Routed(slot, weight, (slot >= num_slots).sum(1).astype(jnp.float32), entropy(probs), task)
 
 
 @jax.named_scope("statistics")
@@ -82,7 +83,7 @@ def count(counters: Counters, batch: Routed, *, pairs: bool = True, counts: jax.
     return Counters(
         counters.rows.at[cell].add(1.0, mode="drop"),
         counters.weight.at[cell].add(weight, mode="drop"),
-        counters.drops.at[task].add((~somewhere).sum(1).astype(jnp.float32), mode="drop"),
+        counters.drops.at[task].add(batch.drops, mode="drop"),
         both,
         counters.entropy_sum.at[task].add(batch.entropy, mode="drop"),
         counters.routed_rows.at[task].add(1.0, mode="drop"),

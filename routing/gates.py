@@ -19,7 +19,7 @@ from jax import lax
 from routing.blocks import block_layout, collect, sort_by_group, spread
 from routing.plan import Plan
 
-GateKind = Literal["noisy_top_k", "softmax_top_k", "sigmoid_top_k"]
+GateKind = Literal["noisy_top_k", "softmax_top_k", "sigmoid_top_k", "gumbel_matrix"]
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,18 @@ class GateConfig:
             `softmax_top_k`: the K largest of a softmax over all candidates.
             `sigmoid_top_k`: the K largest of sigmoid + balance bias, weighted by the sigmoids alone, normalised:
                 loss-free balancing, Wang et al. 2024 (arXiv:2408.15664).
+            `gumbel_matrix`: a learned row of on/off variables for each gate, whatever the rows hold, Maziarz et al.
+                2019 (arXiv:1910.04915); it stands in `routing.gumbel` and is not of `route`.
         top_k: K.
-        renormalize: whether the weights of `softmax_top_k` are divided by their sum (the other kinds' always are). With
+        renormalize: whether the weights of `softmax_top_k` and `gumbel_matrix` are divided by their sum (the other
+            kinds' always are). With
             K = 1 that makes every weight 1, and the router learns from its balance losses alone.
         noise: multiplies the learned noise of `noisy_top_k`.
         min_noise: added to the learned standard deviation, so that the smooth load always has a slope.
+        temperature: of the samples of `gumbel_matrix`.
 
     Raises:
-        ValueError: for an unknown kind or K < 1.
+        ValueError: for an unknown kind, K < 1 or a temperature that is not positive.
     """
 
     kind: GateKind
@@ -47,12 +51,15 @@ class GateConfig:
     renormalize: bool = True
     noise: float = 1.0
     min_noise: float = 1e-2
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(GateKind):
             raise ValueError(f"unknown kind of gate {self.kind!r}, expected one of {', '.join(get_args(GateKind))}")
         if self.top_k < 1:
             raise ValueError(f"expected top_k of at least 1, got {self.top_k}")
+        if not self.temperature > 0:
+            raise ValueError(f"expected a temperature above 0, got {self.temperature}")
 
 
 class Routing(NamedTuple):
@@ -132,8 +139,11 @@ def route(
         deterministic: no noise.
 
     Raises:
-        ValueError: if K > M, or noise is asked for without its key or logits, or a bias is given to `noisy_top_k`.
+        ValueError: if K > M, or noise is asked for without its key or logits, or a bias is given to `noisy_top_k`, or
+            for `gumbel_matrix`.
     """
+    if config.kind == "gumbel_matrix":
+        raise ValueError("expected a kind whose logits are of rows, got gumbel_matrix: see routing.gumbel")
     num = logits.shape[1]
     if config.top_k > num:
         raise ValueError(f"expected top_k of at most {num}, the number of candidates, got {config.top_k}")
@@ -148,7 +158,7 @@ def route(
     else:
         scores = jnp.where(exists, jax.nn.sigmoid(clean), 0.0)
     ranking = scores if balance_bias is None else scores + balance_bias.astype(jnp.float32)
-    choice = _top(ranking, exists, config.top_k)
+    choice = choose_top(ranking, exists, config.top_k)
     weight = _take(scores, choice)
     if config.renormalize or config.kind == "sigmoid_top_k":
         weight = weight / jnp.maximum(weight.sum(1, keepdims=True), 1e-20)
@@ -172,7 +182,7 @@ def _softmax(logits: jax.Array, exists: jax.Array) -> jax.Array:
     return power / jnp.maximum(power.sum(1, keepdims=True), 1e-20)
 
 
-def _top(scores: jax.Array, exists: jax.Array, k: int) -> jax.Array:
+def choose_top(scores: jax.Array, exists: jax.Array, k: int) -> jax.Array:
     """`[T, k]` int32: the k highest of what exists, M for the choices that a row lacks."""
     choice = lax.top_k(jnp.where(exists, lax.stop_gradient(scores), -jnp.inf), k)[1].astype(jnp.int32)
     return jnp.where(jnp.take_along_axis(exists, choice, 1), choice, scores.shape[1])
@@ -205,7 +215,7 @@ def _noisy_top_k(
         safe = jnp.where(exists, noise_logits.astype(jnp.float32), 0.0)
         deviation = config.noise * jax.nn.softplus(safe) + config.min_noise
         noisy = clean + jax.random.normal(key, clean.shape, jnp.float32) * deviation
-    choice = _top(noisy, exists, config.top_k)
+    choice = choose_top(noisy, exists, config.top_k)
     weight = _softmax(_take(noisy, choice), choice < num)
     load = _chosen(choice, num) if deviation is None else _smooth_load(config.top_k, clean, noisy, deviation, exists)
     return Routing(choice, weight, _softmax(noisy, exists), load, jnp.where(exists, clean, -jnp.inf))
@@ -220,7 +230,7 @@ def _smooth_load(k: int, clean: jax.Array, noisy: jax.Array, deviation: jax.Arra
     num = clean.shape[1]
     if k >= num:
         return exists.astype(jnp.float32)
-    index = _top(noisy, exists, k + 1)
+    index = choose_top(noisy, exists, k + 1)
     best = _take(noisy, index)
     inside = noisy > best[:, k, None]
     threshold = jnp.where(inside, best[:, k, None], best[:, k - 1, None])

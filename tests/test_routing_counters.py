@@ -20,7 +20,7 @@ TASK = jnp.array([0, 0, 1, 1, 0, -1])
 
 
 def count(plan=PLAN, probs=PROBS, task=TASK, tasks=2, slots=3, **options):
-    return counters.count(counters.zeros(tasks, slots), counters.routed(plan, probs, task), **options)
+    return counters.count(counters.zeros(tasks, slots), counters.routed(plan, probs, task, slots), **options)
 
 
 def test_by_hand():
@@ -46,12 +46,12 @@ def test_parts_add_up():
 
     first, second = part(slice(0, 2)), part(slice(2, 6))
     jax.tree.map(assert_close, counters.add(count(*first), count(*second)), count())
-    jax.tree.map(assert_close, counters.count(count(*first), counters.routed(*second)), count())
+    jax.tree.map(assert_close, counters.count(count(*first), counters.routed(*second, 3)), count())
 
 
 def test_a_batch_that_does_not_count_leaves_the_counters_as_they_are():
     before = count()
-    broken = counters.routed(PLAN._replace(weight=PLAN.weight * jnp.nan), PROBS * jnp.nan, TASK)
+    broken = counters.routed(PLAN._replace(weight=PLAN.weight * jnp.nan), PROBS * jnp.nan, TASK, 3)
     after = jax.jit(lambda a, on: counters.count(a, broken, counts=on))(before, jnp.array(False))
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
@@ -59,7 +59,9 @@ def test_a_batch_that_does_not_count_leaves_the_counters_as_they_are():
 def test_cells_that_were_not_chosen_are_neither_read_nor_written():
     slots, plan = 1024, Plan(jnp.array([[5, 1000], [7, 9]], jnp.int32), jnp.ones((2, 2)))
     step = jax.jit(counters.count, donate_argnums=0)
-    lowered = step.lower(counters.zeros(3, slots), counters.routed(plan, jnp.ones((2, 4)), jnp.zeros(2, jnp.int32)))
+    lowered = step.lower(
+        counters.zeros(3, slots), counters.routed(plan, jnp.ones((2, 4)), jnp.zeros(2, jnp.int32), slots)
+    )
     memory = lowered.compile().memory_analysis()
     # Two tables [3, slots] and the pairs [slots, slots], in place: nothing of their size besides.
     assert memory.alias_size_in_bytes >= 4 * slots * (slots + 6)

@@ -89,7 +89,7 @@ def pooled(sub: SubModel, split: EncodedSplit, rows: Any) -> np.ndarray:
         # With statistics, because the search compiled that program already.
         out = sub.run(batch, statistics=True)
         found.append(np.asarray(jax.device_get(out.pooled))[: len(held)])
-    return np.concatenate(found) if found else np.zeros((0, sub.config.model.width), np.float32)
+    return np.concatenate(found) if found else np.zeros((0, sub.pooled_width), np.float32)
 
 
 def _linear(fitted: FittedTask, x: np.ndarray, y: np.ndarray, mask: np.ndarray, held: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 from pathways.adding.fit import Recipe, make_recipe
 from pathways.adding.search import Choice, choose, reference
 from pathways.adding.start import reference_submodel, touched
+from pathways.convolution import refuse_adding
 from pathways.data import Data, cache_folder, encode_tasks, fit_tasks, streams_of
 from pathways.model import Model, open_for_writing
 from pathways.report import count, duration
@@ -96,6 +97,7 @@ def make_ready(path: str | os.PathLike[str], task: Task, wanted: Wanted, say: Sa
         UserError: as `add_task`.
     """
     _, model = open_for_writing(path)
+    refuse_adding(model.config.model, model.path)
     _check_request(model, task, wanted)
     options = _options(wanted)
     fitted, splits = _data(model, task, say)

@@ -76,6 +76,8 @@ def _default(value: ast.expr | None) -> str:
         items = ast.literal_eval(value).items()
         return "{" + ", ".join(f"{key} = {item}" for key, item in items) + "}"
     constant = ast.literal_eval(value)
+    if isinstance(constant, tuple):
+        return str(list(constant))
     return str(constant).lower() if isinstance(constant, bool) else str(constant)
 
 

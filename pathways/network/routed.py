@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experts.compute import apply_experts
+from experts.image_kinds import IMAGE_KINDS, get_image_kind
 from experts.kinds import get_kind
 from pathways.config import BalanceOptions, ModelConfig
 from pathways.devices import over_rows
@@ -21,6 +22,7 @@ from pathways.network.layers import segment_mean
 from routing import balance
 from routing.counters import Routed, routed
 from routing.gates import GateConfig, Routing, gate_logits, route, sum_by_slot, to_slots
+from routing.gumbel import gumbel_matrix
 from routing.plan import Plan
 
 
@@ -64,8 +66,14 @@ class LayerOutput(NamedTuple):
     fetched: dict[str, jax.Array]
 
 
+MATRIX_SPREAD = 3.0
+"""Standard deviation of a Gumbel matrix's first logits; that of its noise is 1.8."""
+MATRIX_GAIN = 10.0
+"""Logits of a Gumbel matrix for one of its parameters: it moves ten times as fast as weights do at the same rate."""
+
+
 class RoutedFeedForward(nnx.Module):
-    """Gates `[G, D, M]` over slots of banks `[E, ...]`.
+    """Gates `[G, D, M]`, or `[G, M]` where they do not look at rows, over slots of banks `[E, ...]`.
 
     Args:
         config: sizes and the gate's kind.
@@ -79,16 +87,22 @@ class RoutedFeedForward(nnx.Module):
     def __init__(
         self, config: ModelConfig, experts: dict[str, int], gates: int, candidates: int, rngs: nnx.Rngs, rank: int = 0
     ) -> None:
+        noisy, matrix = config.gate.kind == "noisy_top_k", config.gate.kind == "gumbel_matrix"
         shape = (gates, config.width, candidates)
-        noisy = config.gate.kind == "noisy_top_k"
         scale = 0.0 if noisy else config.width**-0.5
-        self.gate = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
+        if matrix:
+            # All gates start alike, each layer with some candidates well ahead: tasks share until it pays to part.
+            # From zero every step would draw other experts, and the heads would have nothing to hold on to.
+            first = MATRIX_SPREAD / MATRIX_GAIN * jax.random.normal(rngs.params(), (1, candidates))
+            self.gate = nnx.Param(jnp.repeat(first, gates, axis=0))
+        else:
+            self.gate = nnx.Param(scale * jax.random.normal(rngs.params(), shape))
         self.noise = nnx.Param(jnp.zeros(shape)) if noisy else None
         self.bias = BalanceBias(jnp.zeros((gates, candidates))) if config.gate.kind == "sigmoid_top_k" else None
         self.sizes = tuple(experts.items())
         self.num_slots = sum(experts.values())
         self.banks = nnx.Dict(
-            {kind: nnx.Dict(_params(kind, rngs, num, config)) for kind, num in experts.items() if _has_leaves(kind)}
+            {kind: nnx.Dict(_params(kind, rngs, num, config)) for kind, num in experts.items() if has_leaves(kind)}
         )
         # Of the configuration, not of `experts`: a pathway may use no expert of the first kind.
         first = next(iter(config.experts))
@@ -115,7 +129,7 @@ class RoutedFeedForward(nnx.Module):
         With `fetch`, the experts that rows chose are fetched, and the layer's own banks are not touched.
         """
         routing, plan = self.plan(x, rows, slots, key)
-        banks, chosen, fetched = self._banks(), plan, {}
+        banks, chosen, fetched = self.placed(), plan, {}
         if fetch is not None:
             banks, chosen, fetched = fetch_chosen(self.sizes, plan, fetch)
 
@@ -127,14 +141,35 @@ class RoutedFeedForward(nnx.Module):
             y = y + self._shared(x)
         if self.adapter_in is not None:
             y = y + self._adapted(x, rows.gate)
+        return y, self.account(routing, plan, rows, slots, weights, statistics=statistics, fetched=fetched)
+
+    def account(
+        self,
+        routing: Routing,
+        plan: Plan,
+        rows: RowContext,
+        slots: jax.Array,
+        weights: BalanceOptions,
+        *,
+        statistics: bool,
+        fetched: dict[str, jax.Array] | None = None,
+    ) -> LayerOutput:
+        """What the layer did, as `LayerOutput` says."""
         load, loss = self._balance(routing, rows, slots, weights)
-        facts = routed(plan, _row_probs(routing, rows, self.options.unit), rows.task) if statistics else None
-        return y, LayerOutput(loss, load, facts, fetched)
+        facts = None
+        if statistics:
+            facts = routed(plan, _row_probs(routing, rows, self.options.unit), rows.task, self.num_slots)
+            if self.options.kind == "gumbel_matrix":  # a candidate that is off was not dropped
+                facts = facts._replace(drops=jnp.zeros_like(facts.drops))
+        return LayerOutput(loss, load, facts, fetched or {})
 
     @jax.named_scope("gate")
     def plan(self, x: jax.Array, rows: RowContext, slots: jax.Array, key: jax.Array | None) -> tuple[Routing, Plan]:
         """Routes each row, or each example for all of its rows. The routing returned is per routed unit."""
-        config = GateConfig(kind=self.options.kind, top_k=self.options.top_k, renormalize=self.options.renormalize)
+        options = self.options
+        config = GateConfig(
+            options.kind, options.top_k, renormalize=options.renormalize, temperature=options.temperature
+        )
         whole = self.options.unit == "example"
         num = rows.example_task.shape[0]
         unit = segment_mean(x, rows.example, num) if whole else x
@@ -144,6 +179,10 @@ class RoutedFeedForward(nnx.Module):
         if rows.embedding is not None:
             embedding = rows.embedding if whole else rows.embedding[jnp.maximum(rows.example, 0)]
         bias = None if self.bias is None else self.bias[...][gate]
+        if config.kind == "gumbel_matrix":
+            exists = slots < self.num_slots
+            routing = gumbel_matrix(config, MATRIX_GAIN * self.gate[...], gate, valid=valid, candidates=exists, key=key)
+            return routing, self._by_row(to_slots(routing, slots, gate, self.num_slots), rows)
         routing = route(
             config,
             gate_logits(unit, self.gate[...], gate, task_embedding=embedding),
@@ -156,14 +195,17 @@ class RoutedFeedForward(nnx.Module):
             balance_bias=bias,
             deterministic=key is None,
         )
-        plan = to_slots(routing, slots, gate, self.num_slots)
-        if whole:
-            index = jnp.maximum(rows.example, 0)
-            on = rows.valid[:, None]
-            plan = Plan(jnp.where(on, plan.slot[index], self.num_slots), jnp.where(on, plan.weight[index], 0.0))
-        return routing, plan
+        return routing, self._by_row(to_slots(routing, slots, gate, self.num_slots), rows)
 
-    def _banks(self) -> PlacedBanks:
+    def _by_row(self, plan: Plan, rows: RowContext) -> Plan:
+        """The plan of the routed units, for each row: as it is, or each example's for all of its rows."""
+        if self.options.unit == "token":
+            return plan
+        index, on = jnp.maximum(rows.example, 0), rows.valid[:, None]
+        return Plan(jnp.where(on, plan.slot[index], self.num_slots), jnp.where(on, plan.weight[index], 0.0))
+
+    def placed(self) -> PlacedBanks:
+        """The banks, each with the slots that it owns."""
         banks, start = {}, 0
         for kind, num in self.sizes:
             leaves = {name: leaf[...] for name, leaf in self.banks[kind].items()} if kind in self.banks else {}
@@ -239,7 +281,7 @@ def fetch_chosen(
         local = plan.slot - first
         mine = (local >= 0) & (local < num)
         room, leaves = num, {}
-        if _has_leaves(kind) and num:
+        if has_leaves(kind) and num:
             room = min(num, plan.slot.size)
             index = jnp.unique(jnp.where(mine, local, num), size=room, fill_value=num)
             leaves, fetched[kind] = fetch(kind, index), index
@@ -251,12 +293,16 @@ def fetch_chosen(
 
 
 def _params(kind: str, rngs: nnx.Rngs, num: int, config: ModelConfig) -> dict[str, nnx.Param]:
-    leaves = get_kind(kind).init(rngs.params(), num, config.width, config.hidden, jnp.float32)
+    if config.trunk == "conv":
+        leaves = get_image_kind(kind).init(rngs.params(), num, config.width, jnp.float32)
+    else:
+        leaves = get_kind(kind).init(rngs.params(), num, config.width, config.hidden, jnp.float32)
     return {name: nnx.Param(leaf) for name, leaf in leaves.items()}
 
 
-def _has_leaves(kind: str) -> bool:
-    return get_kind(kind).parameters(1, 1) > 0
+def has_leaves(kind: str) -> bool:
+    """Whether experts of this kind, of rows or of images, have parameters."""
+    return get_image_kind(kind).parameters(1) > 0 if kind in IMAGE_KINDS else get_kind(kind).parameters(1, 1) > 0
 
 
 def _row_probs(routing: Routing, rows: RowContext, unit: str) -> jax.Array:

@@ -270,6 +270,7 @@ def sleepers_for(config: TrainConfig, model: ModelConfig, params: Any, rows: int
         UserError: `train.lazy` is on where it cannot be.
     """
     hindrances = {
+        "model.trunk": model.trunk == "conv",
         "model.scan_layers": model.scan_layers,
         "train.accumulate": config.accumulate > 1,
         "train.moments": config.moments == "factored",

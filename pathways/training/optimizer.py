@@ -12,7 +12,20 @@ import optax
 from pathways.config import TrainConfig
 from pathways.training.moments import scale_by_factored, scale_by_stored_adam
 
-DECAYED = ("qkv", "output", "w_in", "w_out", "w_gate", "w_up", "w_down", "kernel", "project", "conv1", "conv2")
+DECAYED = (
+    "qkv",
+    "output",
+    "w_in",
+    "w_out",
+    "w_gate",
+    "w_up",
+    "w_down",
+    "project",
+    "conv1",
+    "conv2",
+    "kernel",
+    "kernel2",
+)
 """Names of matrices. Norms, biases, embeddings and gates do not decay."""
 
 
