@@ -145,9 +145,10 @@ def test_an_encoder_that_the_model_lacks_is_made_and_stays_when_its_task_goes(pa
 def test_removing_takes_what_is_private_and_frees_the_experts(path: Path) -> None:
     put_in(path, "more")
     put_in(path, "more/yet", new_experts=1)
-    # D = F = 32, of 5 norms: a head of 3 classes, a gate of 2 + 2 columns and 2 experts in each of 2 layers.
+    # D = F = 32, of 5 norms: a head of 3 classes, its taps of 2 x 32, a gate of 2 + 2 columns and 2 experts in each of
+    # 2 layers.
     sizes = describe.Sizes(Model.open(path))
-    charged = 3 * 32 + 3 + 5 * 32 + 2 * (32 * 4 + 2 * (2 * 32 * 32 + 64))
+    charged = 3 * 32 + 3 + 3 * 64 + 5 * 32 + 2 * (32 * 4 + 2 * (2 * 32 * 32 + 64))
     assert sizes.private(Model.open(path).entry("more")) == charged
     before = Model.open(path).view.digests()
     remove_task(path, "more")
@@ -157,6 +158,7 @@ def test_removing_takes_what_is_private_and_frees_the_experts(path: Path) -> Non
     gone = set(before) - set(after)
     assert gone == {
         *("tasks/more", "cards/more", "heads/more/kernel", "heads/more/bias", "norms/own/more", "probes/own/more"),
+        "heads/more/taps",
         *("gates/own/more/candidates", "gates/own/more/layer0/gate", "gates/own/more/layer1/gate"),
     }
     assert model.manifest["free"] == [{"mlp": [4, 5]}, {"mlp": [4, 5]}]
