@@ -78,7 +78,7 @@ def test_flags_are_the_fields_of_the_configuration() -> None:
     assert list(found) == [name for name, _, _ in fields_of(Config) if name != "tasks"]
     assert found["train.learning_rate"].default == "0.002"
     assert found["model.experts"].default == "{mlp = 16}"
-    assert found["model.gate.kind"].metavar == "{noisy_top_k,softmax_top_k,sigmoid_top_k}"
+    assert found["model.gate.kind"].metavar == "{noisy_top_k,softmax_top_k,sigmoid_top_k,gumbel_matrix}"
     assert all(field.help for field in found.values() if field.section != "mesh")
 
 
