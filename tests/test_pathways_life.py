@@ -109,7 +109,7 @@ def test_who_uses_an_expert(path: Path) -> None:
 def test_the_cost_of_a_task_is_counted_by_hand(grown: Path) -> None:
     model = Model.open(grown)
     cost = marginal(model, "second")
-    # D = F = 32. Head 3 * 32 + 3 and its taps on two layers, norms 5 * 32, per layer a gate of 32 * 4 and two experts of
+    # D = F = 32. Head 3 * 32 + 3, its taps on two layers, norms 5 * 32, per layer a gate of 32 * 4 and two experts of
     # 2 * 32 * 32 + 64, and two rows of the table of columns.
     assert cost.parameters == 99 + 2 * 3 * 32 + 160 + 2 * (128 + 2 * (2 * 32 * 32 + 64)) + 2 * 32
     assert cost.bytes > 4 * cost.parameters
