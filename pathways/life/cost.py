@@ -6,9 +6,12 @@ Axis letters: D width, M candidates of a gate, Y outputs.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from experts.kinds import get_kind
+from pathways.life.users import Expert, experts_in
 from pathways.model import Model
 from pathways.pathway import encoder_names, gate_names, head_names, private
 from pathways.store.records import DTYPES, Entry
@@ -41,14 +44,8 @@ def own_names(model: Model, entry: TaskEntry) -> list[str]:
     return [name for name, found in zip(names, model.view.find(names), strict=True) if found is not None]
 
 
-def marginal(model: Model, task: str) -> Marginal:
-    """The cost of a task.
-
-    Raises:
-        UserError: no such task.
-    """
-    entry = model.entry(task)
-    names = own_names(model, entry)
+def held(model: Model, names: Sequence[str], experts: Iterable[Expert]) -> tuple[int, int]:
+    """Numbers and bytes of components that exist, and of experts, in the store."""
     parameters = size = 0
     for name, found in zip(names, model.view.find(names), strict=True):
         assert found is not None
@@ -56,13 +53,22 @@ def marginal(model: Model, task: str) -> Marginal:
             parameters, size = parameters + math.prod(found.shape), size + array_bytes(found)
         else:
             size += len(model.view.encoded(name, found))
-    for layer, owned in zip(model.routed_layers, entry.pathway.owned, strict=False):
-        for kind, index in owned.items():
-            banks = model.view.names(f"banks/layer{layer}/{kind}/")
-            for found in model.view.find(banks):
-                assert found is not None
-                parameters += len(index) * math.prod(found.shape[1:])
-                size += len(index) * found.chunk_bytes
+    for (layer, kind), count in Counter((expert.layer, expert.kind) for expert in experts).items():
+        for found in model.view.find(model.view.names(f"banks/layer{layer}/{kind}/")):
+            assert found is not None
+            parameters += count * math.prod(found.shape[1:])
+            size += count * found.chunk_bytes
+    return parameters, size
+
+
+def marginal(model: Model, task: str) -> Marginal:
+    """The cost of a task.
+
+    Raises:
+        UserError: no such task.
+    """
+    entry = model.entry(task)
+    parameters, size = held(model, own_names(model, entry), experts_in(model, entry.pathway.owned))
     return Marginal(parameters, size, operations(model, entry))
 
 

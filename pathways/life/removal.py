@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from pathways.adding.remove import freed_experts, private_names
-from pathways.life.cost import array_bytes
+from pathways.life.cost import held
 from pathways.life.users import Expert, Users, experts_in
 from pathways.model import Model
 
@@ -43,17 +42,7 @@ def plan_removal(model: Model, task: str) -> Removal:
     freed = experts_in(model, freed_experts(model, task))
     others = Users(model, without=task)
     owned = experts_in(model, entry.pathway.owned)
-    parameters = size = 0
-    for name, found in zip(names, model.view.find(names), strict=True):
-        assert found is not None
-        if found.kind == "array":
-            parameters, size = parameters + math.prod(found.shape), size + array_bytes(found)
-        else:
-            size += len(model.view.encoded(name, found))
-    for expert in freed:
-        for found in model.view.find(model.view.names(f"banks/layer{expert.layer}/{expert.kind}/")):
-            assert found is not None
-            parameters, size = parameters + math.prod(found.shape[1:]), size + found.chunk_bytes
+    parameters, size = held(model, names, freed)
     kept = {expert: tuple(others.of(expert)) for expert in owned if expert not in freed}
     children = tuple(other.name for other in model.entries() if task in other.pathway.parents)
     return Removal(task, tuple(names), tuple(freed), parameters, size, kept, children)
