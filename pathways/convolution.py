@@ -13,12 +13,24 @@ if TYPE_CHECKING:
     from pathways.config import Config, ModelConfig
 
 
-def feature_width(config: ModelConfig, options: EncoderSettings) -> int:
-    """What a head reads: all places that the strides leave, times the channels."""
-    side = options.patch
+def places(config: ModelConfig, options: EncoderSettings) -> tuple[int, ...]:
+    """The places that are left after each layer's stride."""
+    side, found = options.patch, []
     for stride in config.strides:
         side = -(-side // stride)
-    return side * side * config.width
+        found.append(side * side)
+    return tuple(found)
+
+
+def feature_width(config: ModelConfig, options: EncoderSettings) -> int:
+    """What a head reads: all places that the strides leave, times the channels."""
+    return places(config, options)[-1] * config.width
+
+
+def pooled_width(config: Config) -> int:
+    """Width of `Outputs.pooled`, which the heads of examples read, with either trunk."""
+    model = config.model
+    return feature_width(model, config.encoders) if model.trunk == "conv" else model.width
 
 
 def mistakes(config: Config) -> Iterator[tuple[str, str, str]]:
@@ -52,7 +64,7 @@ def mistakes(config: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def refuse_adding(config: ModelConfig, where: str) -> None:
-    """Refuses to add a task to a model whose parts cannot be taken by another yet.
+    """Refuses to train one task of a model, new or old, whose parts cannot be taken apart yet.
 
     Raises:
         UserError: for a convolutional trunk, or a gate that is a matrix.
@@ -60,7 +72,7 @@ def refuse_adding(config: ModelConfig, where: str) -> None:
     trunk, kind = config.trunk, config.gate.kind
     if trunk == "conv" or kind == "gumbel_matrix":
         raise UserError(
-            "Tasks cannot be added to such a model yet; nothing was changed.",
+            "One task of such a model cannot be trained alone yet; nothing was changed.",
             where=where,
             expected='model.trunk = "tokens" and a gate that looks at rows',
             got=f"model.trunk = {trunk}, model.gate.kind = {kind}",

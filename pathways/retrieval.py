@@ -44,9 +44,12 @@ def append_row(changes: Changes, model: Model, number: int, notes: Mapping[str, 
 
 def clear_row(changes: Changes, model: Model, number: int) -> dict[str, list[int]]:
     """Has a commit forget the row of a task that is removed; gives the rows that may change by it."""
-    if not model.view.has(RETRIEVAL) or number >= model.view.array_info(RETRIEVAL)[0][0]:
+    if not model.view.has(RETRIEVAL):
         return {}
-    changes.put_rows[RETRIEVAL] = (np.array([number]), np.zeros((1, model.config.model.width), np.float32))
+    (size, width), _, _ = model.view.array_info(RETRIEVAL)
+    if number >= size:
+        return {}
+    changes.put_rows[RETRIEVAL] = (np.array([number]), np.zeros((1, width), np.float32))
     return {RETRIEVAL.partition("/")[2]: [number]}
 
 

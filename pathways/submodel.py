@@ -19,7 +19,7 @@ from flax import nnx
 
 from pathways.assemble import Layout, Part, Path, by_layer, from_layers, read_arrays
 from pathways.config import BalanceOptions, Config
-from pathways.convolution import feature_width
+from pathways.convolution import pooled_width
 from pathways.network.conv import ConvNetwork
 from pathways.network.network import Network, NetworkSize, Outputs, TaskTable
 from pathways.network.routed import BalanceBias
@@ -90,8 +90,7 @@ class SubModel:
     @property
     def pooled_width(self) -> int:
         """Width of `Outputs.pooled`, which the heads of examples read."""
-        config = self.config
-        return feature_width(config.model, config.encoders) if config.model.trunk == "conv" else config.model.width
+        return pooled_width(self.config)
 
     @property
     def num_parameters(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def test_adding_is_refused_and_changes_nothing(model: Model, data: tuple[Task, .
     from pathways.adding import add_task
 
     before = model.version
-    with pytest.raises(UserError, match="cannot be added to such a model yet"):
+    with pytest.raises(UserError, match="One task of such a model cannot be trained alone yet"):
         add_task(model.path, replace(data[0], name="other"), quiet=True)
     assert Model.open(model.path).version == before
 
@@ -197,3 +198,56 @@ def test_devices_share_the_examples_and_change_nothing(data: tuple[Task, ...]) -
     assert_close(shared.logits, alone.logits, scale=10.0)
     for one, other in zip(alone.layers, shared.layers, strict=True):
         assert np.array_equal(one.load, other.load)
+
+
+def test_every_command_works_on_it_or_says_that_it_does_not_yet(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pathways.cli import main
+
+    path = str(shutil.copytree(model.path, tmp_path / "model"))
+    images, pool = model.entry("way").fitted.task.test or "", tmp_path / "pool" / "new"
+    pool.mkdir(parents=True)
+    for i in range(6):
+        Image.fromarray(drawing("across", np.random.default_rng(100 + i))).save(pool / f"{i}.png")
+    commands = {
+        "tasks": 0,
+        "show": 0,
+        "show way": 0,
+        "eval --limit 4": 0,
+        "stats": 0,
+        "lineage way": 0,
+        "who-uses layer0/conv3x3/0": 0,
+        f"predict way {images} -o {tmp_path / 'out.csv'}": 0,
+        f"suggest way --pool {pool.parent} -n 3": 0,
+        f"add --name more --data {images} --target label": 2,
+        "copy way third": 0,
+        f"update third --data {images}": 2,
+        "rename third fourth": 0,
+        "remove fourth --dry-run": 0,
+        "remove fourth": 0,
+        "remove way": 0,
+        "collect": 0,
+        "undo": 0,
+        "diff 1 2": 0,
+        "pin good": 0,
+        "log": 0,
+        "compact --yes": 0,
+        "verify": 0,
+    }
+    found = {}
+    for words in commands:
+        name, *rest = words.split()
+        found[words] = main([name, path, *rest])
+        said = capsys.readouterr().err
+        assert "cannot be trained alone yet" in said or found[words] == 0, said
+    assert found == commands
+    assert main(["predict", path, "fourth", images]) == 2  # the undo did not bring it back
+
+
+def test_a_removal_that_would_change_another_task_is_refused(model: Model, tmp_path: Path) -> None:
+    """There are no norms here to find a group by: its logits are compared all the same."""
+    from pathways.adding.protect import chosen_groups
+
+    again = Model.open(shutil.copytree(model.path, tmp_path / "model"))
+    assert len(chosen_groups(again, again, [], 0)) == 2

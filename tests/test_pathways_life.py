@@ -14,11 +14,14 @@ from test_pathways_life_interference import hashes, logits
 from tiny import add_untrained
 
 from pathways.adding import remove_task, undo
+from pathways.adding.fit import own_part
 from pathways.cli import main
 from pathways.life import copy_task, diff, lineage, marginal, plan_removal, rename_task, update_task, who_uses
 from pathways.life.ancestry import as_text
+from pathways.life.cost import operations
 from pathways.life.drawing import save_drawing
 from pathways.life.garbage import collect, garbage
+from pathways.life.update import continued
 from pathways.life.users import Expert
 from pathways.model import Model, open_for_writing, row_chunked
 from pathways.pathway import GateSpec
@@ -116,6 +119,20 @@ def test_the_cost_of_a_task_is_counted_by_hand(grown: Path) -> None:
     more = marginal(model, "second").operations - marginal(model, "first").operations
     assert more == 2 * 2 * 32  # one column more in each of two gates; as many experts are active
     assert marginal(model, "wine").parameters == 99
+    entry = model.entry("second")
+    bare = replace(entry, pathway=replace(entry.pathway, taps=False))
+    branched = replace(entry, pathway=replace(entry.pathway, adapters=(8, 0)))
+    plain = operations(model, entry)
+    assert plain - operations(model, bare) == 2 * 2 * 32 * 3  # taps: two layers more for each of 3 outputs
+    assert operations(model, branched) - plain == 4 * 32 * 8  # a branch of rank 8 in one layer
+
+
+def test_a_copy_of_a_joint_task_can_be_trained_on(path: Path) -> None:
+    copy_task(path, "wine", "other")
+    model = Model.open(path)
+    start = continued(model, model.entry("other"))
+    assert start.fresh == ({}, {})  # the experts are others'
+    assert own_part(start).count(start.sub.params) == 99 + 160 + 2 * 32 * 4  # head, norms, two gates
 
 
 def test_the_plan_of_a_removal_is_what_removing_does(path: Path) -> None:

@@ -104,7 +104,7 @@ def own_part(start: Start) -> Trainable:
             return True
         if path[0] == "encoders":
             return path[1] in start.made_encoders or "/".join(path[1:]) in start.copied
-        return path[-1] == "scale" or (path[-2:-1] == ("routed",) and path[-1] in OWN_OF_GATE)
+        return (path[-1] == "scale" and "banks" not in path) or (path[-2:-1] == ("routed",) and path[-1] in OWN_OF_GATE)
 
     return Trainable(own, rows)
 

@@ -162,12 +162,14 @@ def chosen_groups(old: Model, new: Model, first: Sequence[str], seed: int) -> li
     drawn += [line.group for line in old.catalogue.sample(rng, SAMPLED_PAGES)]
     rest = [group for group in dict.fromkeys(drawn) if group not in wanted]
     order = rng.permutation(len(rest)).tolist()
-    found = [group for group in [*dict.fromkeys(wanted), *(rest[i] for i in order)] if _there(new, group)]
+    found = [group for group in [*dict.fromkeys(wanted), *(rest[i] for i in order)] if _there(old, new, group)]
     return found[:MOST_GROUPS]
 
 
-def _there(model: Model, group: Group) -> bool:
-    return model.view.has(f"norms/{group[0]}") and model.view.has(f"gates/{group[1]}/candidates")
+def _there(old: Model, new: Model, group: Group) -> bool:
+    """Whether the new version has all of a group that the old one has; a convolutional trunk has no norms."""
+    names = (f"norms/{group[0]}", f"gates/{group[1]}/candidates")
+    return all(new.view.has(name) for name in names if old.view.has(name))
 
 
 def check_logits(old: Model, new: Model, group: Group) -> None:

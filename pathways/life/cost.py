@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from experts.image_kinds import get_image_kind
 from experts.kinds import get_kind
+from pathways.convolution import places, pooled_width
 from pathways.life.users import Expert, experts_in
 from pathways.model import Model
 from pathways.pathway import encoder_names, gate_names, head_names, private
@@ -77,14 +79,23 @@ def array_bytes(entry: Entry) -> int:
 
 
 def operations(model: Model, entry: TaskEntry) -> int:
-    """Operations of one row: the trunk, per routed layer the gate and the `top_k` largest candidates, the head."""
-    config = model.config.model
+    """Operations of one row: the trunk, per routed layer the gate and the `top_k` largest candidates, the task's own
+    low-rank branches, the head. A row of a convolutional trunk is an image."""
+    config, pathway = model.config.model, entry.pathway
     trunk = model.view.names("trunk/")
     matrices = [found for found in model.view.find(trunk) if found is not None and len(found.shape) > 1]
     total = sum(2 * math.prod(found.shape) for found in matrices)
-    for candidates in model.gate(entry.pathway.gate).candidates:
-        each = [
-            get_kind(kind).operations(config.width, config.hidden) for kind, index in candidates.items() for _ in index
-        ]
-        total += sum(sorted(each, reverse=True)[: config.gate.top_k]) + 2 * config.width * len(each)
-    return total + 2 * config.width * entry.fitted.num_outputs
+    for layer, candidates in enumerate(model.gate(pathway.gate).candidates):
+        each = [_of_expert(model, kind, layer) for kind, index in candidates.items() for _ in index]
+        total += sum(sorted(each, reverse=True)[: config.gate.top_k])
+        total += 0 if config.gate.kind == "gumbel_matrix" else 2 * config.width * len(each)
+    levels = 1 + (config.layers if pathway.taps else 0)
+    total += sum(4 * config.width * rank for rank in pathway.adapters)
+    return total + 2 * pooled_width(model.config) * levels * entry.fitted.num_outputs
+
+
+def _of_expert(model: Model, kind: str, layer: int) -> int:
+    config = model.config.model
+    if config.trunk == "conv":
+        return get_image_kind(kind).operations(config.width, places(config, model.config.encoders)[layer])
+    return get_kind(kind).operations(config.width, config.hidden)

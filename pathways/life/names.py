@@ -49,7 +49,7 @@ def copy_task(model_path: str | os.PathLike[str], task: str, new: str) -> Versio
         encoders=encoders,
         origin="copied",
         parents=(task,),
-        owned=tuple({} for _ in entry.pathway.owned),
+        owned=tuple({} for _ in model.routed_layers),
     )
     notes = {key: value for key, value in entry.notes.items() if key != "was"}
     made = renamed_entry(entry, new, pathway, notes)

@@ -22,6 +22,7 @@ from pathways.adding.fit import fit, make_recipe, metric_of, metrics_of, own_par
 from pathways.adding.protect import Allowed, check
 from pathways.adding.remove import freed_experts
 from pathways.adding.start import Start
+from pathways.convolution import refuse_adding
 from pathways.data import cache_folder, encode_tasks
 from pathways.describe import card_of
 from pathways.life.cost import own_names
@@ -157,7 +158,9 @@ def continued(model: Model, entry: TaskEntry) -> Start:
             got=f"norms {pathway.norms}, gate {pathway.gate}",
             fix="copy it first (`pathways copy`), and update the copy",
         )
-    layers = zip(pathway.owned, freed_experts(model, entry.name), strict=True)
+    refuse_adding(model.config.model, model.path)
+    owned_by_layer = pathway.owned or tuple({} for _ in model.routed_layers)
+    layers = zip(owned_by_layer, freed_experts(model, entry.name), strict=True)
     fresh = tuple(
         {k: tuple(i for i in v if i in alone.get(k, ())) for k, v in owned.items()} for owned, alone in layers
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from pathways.convolution import pooled_width
 from pathways.inference import Rows, read_rows, to_table
 from pathways.predictions import predict_examples
 from pathways.suggesting.candidates import Candidates, merge, objects
@@ -58,7 +59,7 @@ def scan(
     Args:
         filled: target columns: rows in which one is filled in are passed over.
     """
-    fitted, width = model.entry(task).fitted, model.config.model.width
+    fitted, width = model.entry(task).fitted, pooled_width(model.config)
     found, rows, labels, unreadable = Candidates.none(width), 0, 0, 0
     for batch in batches:
         digest = digests(fitted, batch)
@@ -83,7 +84,7 @@ def run(model: Model, task: str, batch: pa.RecordBatch) -> tuple[Rows, Any, np.n
     folder = metadata.get(b"folder", b".").decode()
     table = to_table(fitted, batch)
     read = read_rows(fitted, table, model.text_tokenizer, model.config.encoders, folder)
-    x = [np.zeros((0, model.config.model.width), np.float32)]
+    x = [np.zeros((0, pooled_width(model.config)), np.float32)]
     said = predict_examples(model.submodel(task), {task: read.examples}, embedded=x.append)[task]
     return read, said.values, np.concatenate(x)
 
@@ -92,7 +93,7 @@ def sample_of_known(model: Model, task: str, seed: int) -> np.ndarray:
     """`[k, D]`: the pooled rows of a seeded sample of the task's own rows; none where its files are gone."""
     fitted = model.entry(task).fitted
     part = KNOWN_SAMPLE / max(fitted.train_rows + fitted.valid_rows + fitted.test_rows, 1)
-    x = [np.zeros((0, model.config.model.width), np.float32)]
+    x = [np.zeros((0, pooled_width(model.config)), np.float32)]
     try:
         for batch in labelled(fitted):
             drawn = assign(batch.column(ROW).to_numpy(), Split(seed=seed + 1)) < part

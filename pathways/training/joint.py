@@ -16,6 +16,7 @@ from pathways.adding.protect import make_probe
 from pathways.assemble import Layout, components, plan_network
 from pathways.catalogue import new_catalogue
 from pathways.config import Config, check
+from pathways.convolution import pooled_width
 from pathways.counting import to_counts
 from pathways.data import (
     Data,
@@ -293,7 +294,7 @@ def commit(prepared: Prepared, sub: SubModel, progress: Progress, folder: Path) 
     manifest = manifest_document(config, head, banks)
     whole = {"manifest": manifest, TRAINED: fingerprint(prepared), "tokenizer": {"json": prepared.tokenizer}}
     changes.documents.update(pages | whole)
-    changes.put[RETRIEVAL] = table_of(entries, config.model.width)
+    changes.put[RETRIEVAL] = table_of(entries, pooled_width(config))
     for name, spec in prepared.gates.items():
         changes.documents[f"gates/{name}/candidates"] = spec.to_json()
     for entry in entries:
