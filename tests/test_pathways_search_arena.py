@@ -172,8 +172,8 @@ def test_whatever_is_chosen_keeps_the_limit(
 ) -> None:
     hunt = limited(made, made[0].cost(replace(PLAIN, experts=(2, 2))).private)
     hunt.options = replace(hunt.options, method=method)
-    # As where no trial gives a reward: then all are equal, those over the limit too.
-    monkeypatch.setattr(hunt, "attempt", lambda *_: 0.0)
+    # A walk that likes best what is over the limit.
+    monkeypatch.setattr(hunt, "attempt", lambda one, *_: float(not hunt.permitted(one)))
     assert hunt.permitted(hunt.choose(ROOT))
 
 
