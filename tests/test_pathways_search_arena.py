@@ -9,42 +9,50 @@ from typing import Any
 import numpy as np
 import pytest
 from test_pathways_adding_add import clouds
+from tiny import make_config, make_tasks
 
-from pathways.adding import search, start
-from pathways.adding.commit import take_apart
+from pathways.adding import plan_task, search, start
+from pathways.adding.commit import new_parameters, take_apart
 from pathways.adding.fit import make_recipe, own_part
+from pathways.config import GateOptions
 from pathways.data import encode_tasks, fit_tasks, streams_of
 from pathways.model import Model
 from pathways.predictions import predict_examples
 from pathways.quality import Chosen
-from pathways.search.arena import Arena, between, with_params
+from pathways.search.arena import Arena, Look, best_of, between, with_params
 from pathways.search.features import activations
-from pathways.search.find import Options, Search
+from pathways.search.find import Method, Options, Search
 from pathways.search.folds import Folds
 from pathways.search.genotype import Genotype
 from pathways.search.ground import ROOT, Ground, laid_over, make_ground
 from pathways.search.head import head_start
+from pathways.training.joint import train
+from tasks.errors import UserError
 
 MIXED = Genotype(ROOT, ("copy", "adapter"), (3, 2), True)
 OTHER = Genotype(ROOT, ("skip", "fresh"), (3, 3), False)
 PLAIN = Genotype(ROOT, ("reuse", "reuse"), (3, 3), False)
 
 
+def lay_out(model: Model, folder: Path, cache: Path) -> tuple[Ground, Folds, Arena]:
+    """The clouds as a new task of a model."""
+    fitted = fit_tasks([clouds(folder)])[0]
+    train, valid = (
+        encode_tasks([fitted], split, model.tokenizer, model.config.encoders, cache)[0] for split in ("train", "valid")
+    )
+    borrowed = start.reference_submodel(model, fitted, streams_of(fitted), ("base", "base"), 0)
+    choice = search.choose(model, borrowed, train, per_layer=3, seed=0)
+    copied = start.touched(model, train)
+    ground = make_ground(model, borrowed, choice, copied, new_experts=2, rank=2, users=4, seed=0)
+    arena = Arena(ground.start, make_recipe(model.config, train, 8, 0.01, 0))
+    return ground, Folds(fitted, train, valid, 50, 0), arena
+
+
 @pytest.fixture(scope="module")
 def made(
     tiny_model: Model, tmp_path_factory: pytest.TempPathFactory, cache_folder: Path
 ) -> tuple[Ground, Folds, Arena]:
-    fitted = fit_tasks([clouds(tmp_path_factory.mktemp("clouds"))])[0]
-    train, valid = (
-        encode_tasks([fitted], split, tiny_model.tokenizer, tiny_model.config.encoders, cache_folder)[0]
-        for split in ("train", "valid")
-    )
-    borrowed = start.reference_submodel(tiny_model, fitted, streams_of(fitted), ("base", "base"), 0)
-    choice = search.choose(tiny_model, borrowed, train, per_layer=3, seed=0)
-    copied = start.touched(tiny_model, train)
-    ground = make_ground(tiny_model, borrowed, choice, copied, new_experts=2, rank=2, users=4, seed=0)
-    arena = Arena(ground.start, make_recipe(tiny_model.config, train, 8, 0.01, 0))
-    return ground, Folds(fitted, train, valid, 50, 0), arena
+    return lay_out(tiny_model, tmp_path_factory.mktemp("clouds"), cache_folder)
 
 
 def rows(folds: Folds) -> Chosen:
@@ -81,8 +89,8 @@ def test_training_moves_what_the_candidate_may_and_its_small_pathway_says_the_sa
 ) -> None:
     ground, folds, arena = made
     begin = ground.candidate(one, head_start(folds.fitted, activations(ground.candidate(one), rows(folds))))
-    looks = arena.train(begin, ground.rates(one), rows(folds), rows(folds), 8, [4, 8])
-    assert [look.step for look in looks] == [4, 8]
+    looks = arena.train(begin, ground.rates(one), rows(folds), rows(folds), 8, [8])
+    assert [look.step for look in looks] == [8]
     trained = with_params(begin, looks[-1].params)
     before, after = ({p: np.asarray(v) for p, v in sub.flat().items()} for sub in (begin, trained))
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
@@ -100,8 +108,7 @@ def test_training_moves_what_the_candidate_may_and_its_small_pathway_says_the_sa
         OTHER: [[], [*sorted(search_slot(ground, 1, i) for i in range(3)), 4, 5]],
         PLAIN: [sorted(search_slot(ground, layer, i) for i in range(3)) for layer in range(2)],
     }[one]
-    whole, own = take_apart(small, small.sub)
-    numbers = sum(value.size for value in (*whole.values(), *own.values()))
+    numbers = new_parameters(*take_apart(small, small.sub))
     assert numbers == ground.cost(one).private
     # A layer without experts still has the columns of its gate that the network's shape asks for.
     padding = 2 * 32 * one.genes.count("skip")
@@ -139,6 +146,78 @@ def test_a_candidate_over_the_limit_is_not_trained(made: tuple[Ground, Folds, Ar
     assert arena.spent == spent
     assert hunt.permitted(PLAIN)
     assert not replace(hunt, options=Options(max_parameters=limit - 1)).permitted(PLAIN)
+
+
+def limited(made: tuple[Ground, Folds, Arena], most: int) -> Search:
+    return Search(made[0], made[2], made[1], Options(max_parameters=most))
+
+
+def test_the_frozen_pathway_leaves_out_experts_until_it_keeps_the_limit(made: tuple[Ground, Folds, Arena]) -> None:
+    ground = made[0]
+    # Of three ranked experts in each of two layers, four are the fewest in all: the gate takes two of a row.
+    kept = {(3, 3): 0, (2, 3): 1, (2, 2): 2}
+    for experts, left_out in kept.items():
+        most = ground.cost(PLAIN).private - left_out * 32
+        assert limited(made, most).plain(ROOT) == replace(PLAIN, experts=experts)
+        assert limited(made, most).first(ROOT) == [limited(made, most).plain(ROOT)]
+    least = ground.cost(replace(PLAIN, experts=(2, 2))).private
+    with pytest.raises(UserError, match=f"at least {least}") as refused:
+        limited(made, least - 1).plain(ROOT)
+    assert (refused.value.where, refused.value.got) == ("--max-parameters", str(least - 1))
+
+
+@pytest.mark.parametrize("method", ["none", "evolution", "reinforce"])
+def test_whatever_is_chosen_keeps_the_limit(
+    made: tuple[Ground, Folds, Arena], method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hunt = limited(made, made[0].cost(replace(PLAIN, experts=(2, 2))).private)
+    hunt.options = replace(hunt.options, method=method)
+    # A walk that likes best what is over the limit.
+    monkeypatch.setattr(hunt, "attempt", lambda one, *_: float(not hunt.permitted(one)))
+    assert hunt.permitted(hunt.choose(ROOT))
+
+
+def test_too_small_a_limit_is_refused_before_anything_is_trained(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Arena, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(UserError, match="at least"):
+        plan_task(tiny_model.path, clouds(tmp_path), max_parameters=1)
+
+
+GATES = [GateOptions("noisy_top_k", "task_embedding", 2), GateOptions("sigmoid_top_k", "shared", 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.kind)
+def test_the_cost_is_what_a_commit_adds(gate: GateOptions, tmp_path: Path, cache_folder: Path) -> None:
+    # A model of text alone: the clouds' encoder is made for them.
+    config = make_config(make_tasks(tmp_path / "data", ["mood"]), train={"steps": 1})
+    config = replace(config, model=replace(config.model, gate=gate))
+    ground, _, _ = lay_out(train(config, tmp_path / "model", quiet=True), tmp_path / "clouds", cache_folder)
+    extra = {"noisy_top_k": "noise", "sigmoid_top_k": "bias"}[gate.kind]
+    for one in (replace(MIXED, encoder=False), OTHER, PLAIN):
+        small = ground.compact(one, ground.candidate(one))
+        whole, own = take_apart(small, small.sub)
+        assert {name.split("/")[-1] for name in whole} >= {"gate", extra}
+        assert any(name.startswith("encoders/table/") for name in whole)
+        assert (f"heads/{small.entry.name}/embedding" in whole) == (gate.scope == "task_embedding")
+        assert ground.cost(one).private == new_parameters(whole, own)
+
+
+def test_only_the_best_look_keeps_its_parameters(
+    made: tuple[Ground, Folds, Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ground, folds, arena = made
+    scores = {1: 0.2, 2: 0.7, 3: 0.1, 4: 0.7}
+
+    def look(candidate: Any, held: Any, step: int = 0) -> Look:
+        return Look(step, scores[step], 0.0, np.zeros(0), candidate.params)
+
+    monkeypatch.setattr(arena, "look", look)
+    looks = arena.train(ground.candidate(PLAIN), ground.rates(PLAIN), rows(folds), rows(folds), 4, [1, 2, 3, 4])
+    assert [look.score for look in looks] == list(scores.values())
+    assert [look.step for look in looks if look.params is not None] == [2] == [best_of(looks).step]
 
 
 def test_the_way_between_two_parameters(made: tuple[Ground, Folds, Arena]) -> None:

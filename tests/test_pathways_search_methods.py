@@ -36,6 +36,15 @@ def test_a_mutation_changes_one_thing_and_stays_in_the_space(seed: int) -> None:
     assert all(2 <= kept <= most for kept, most in zip(child.experts, SPACE.ranked, strict=True))
 
 
+def test_experts_are_left_out_down_to_the_fewest() -> None:
+    space = Space(("root",), ("reuse",), (4, 3, 1), 2, False)
+    one, seen = space.plain("reuse"), []
+    while (fewer := space.fewer(one)) is not None:
+        one = fewer
+        seen.append(one.experts)
+    assert seen == [(3, 3, 1), (2, 3, 1), (2, 2, 1)]
+
+
 def test_a_space_of_one_candidate_is_walked_without_end() -> None:
     alone = Space(("root",), ("reuse",), (2,), 2, False)
     one = alone.plain("reuse")

@@ -19,7 +19,7 @@ from pathways.report import count, duration
 from pathways.search.arena import Arena
 from pathways.search.find import EFFORTS, METHODS, Effort, Method, Options, Search, budget
 from pathways.search.folds import FOLDS, Folds
-from pathways.search.ground import Ground, make_ground
+from pathways.search.ground import ROOT, Ground, make_ground
 from tasks.cache import EncodedSplit
 from tasks.check import check_name
 from tasks.errors import UserError
@@ -111,6 +111,8 @@ def make_ready(path: str | os.PathLike[str], task: Task, wanted: Wanted, say: Sa
     extent = {"new_experts": wanted.new_experts, "rank": ADAPTER_RANK, "users": users, "seed": wanted.seed}
     ground = make_ground(model, borrowed, choice, copied, **extent)
     folds = Folds(fitted, splits.train, splits.valid, model.config.train.eval_rows, wanted.seed)
+    # Refuses a limit that no candidate keeps, before anything is trained.
+    Search(ground, Arena(ground.start, recipe), folds, options).plain(ROOT)
     return Ready(model, fitted, splits, recipe, ground, folds, options)
 
 

@@ -63,7 +63,7 @@ class Look:
         score: higher is better, see `Arena.look`.
         quality: the chief metric (R2 for regression).
         losses: `[n]` of each held row.
-        params: the network's.
+        params: the network's; None where they were let go, as a network is large.
     """
 
     step: int
@@ -139,7 +139,7 @@ class Arena:
         seed: int = 0,
         patience: int | None = None,
     ) -> list[Look]:
-        """Trains a candidate and looks at held rows after the steps `looks`; without held rows at the last alone.
+        """Trains a candidate and looks at held rows after the steps `looks`; only the best look keeps its parameters.
 
         Args:
             steps: that the schedule is made for; training stops after the last look.
@@ -164,6 +164,8 @@ class Arena:
                     bad = 0 if bool(fine) else bad + 1
                     params = self._join(state[0], rest)
                     found.append(self.look(with_params(candidate, params), held, at))
+                    best = best_of(found)
+                    found = [look if look is best else replace(look, params=None) for look in found]
                     if bad > 1 or not _hopeful(found, patience):
                         break
                 if asked:
@@ -263,6 +265,11 @@ def between(start: Any, end: Any, part: float) -> Any:
 @jax.jit
 def _between(start: Any, end: Any, part: jax.Array) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(a == b, a, a + part * (b - a)).astype(a.dtype), start, end)
+
+
+def best_of(looks: Sequence[Look]) -> Look:
+    """The first of those with the highest score."""
+    return max(looks, key=lambda look: look.score)
 
 
 def _hopeful(looks: Sequence[Look], patience: int | None) -> bool:

@@ -7,7 +7,7 @@ accepted only against what stood before.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from pathways.adding.search import Slot
 from pathways.adding.start import Start, fresh_kind
-from pathways.search.arena import Arena, Look, between, with_params
+from pathways.search.arena import Arena, Look, best_of, between, with_params
 from pathways.search.features import Features, activations
 from pathways.search.folds import FOLDS, Fold, Folds, lower_bound
 from pathways.search.genotype import GENES, Gene, Genotype, Space, reward
@@ -23,6 +23,7 @@ from pathways.search.ground import ROOT, Ground, laid_over
 from pathways.search.head import Head, head_start
 from pathways.search.methods import RUNGS, evolve, reinforce
 from pathways.submodel import SubModel
+from tasks.errors import UserError
 
 Method = Literal["none", "evolution", "reinforce"]
 Effort = Literal["low", "medium", "high"]
@@ -148,9 +149,13 @@ class Search:
         return Space(tuple(self.ground.bases), genes, ranked, config.gate.top_k, bool(start.copied))
 
     def run(self) -> Found:
-        """Finds a pathway; see the module."""
+        """Finds a pathway; see the module.
+
+        Raises:
+            UserError: no pathway keeps the limit of private parameters.
+        """
         base = self.shortlist()
-        plain = self.space.plain("reuse", base, encoder=False)
+        plain = self.plain(base)
         if self.folds.tiny:
             sub = self.ground.candidate(plain, self.head(plain))
             return self._found(plain, sub, "too few labels to train anything but the head")
@@ -165,7 +170,7 @@ class Search:
         heads: dict[str, Head] = {}
         for base in self.ground.bases:
             began = time.monotonic()
-            plain = self.space.plain("reuse", base, encoder=False)
+            plain = self.plain(base)
             head = self.head(plain, np.arange(min(TRIAL_ROWS, len(self.folds.rows))))
             if head is None:
                 return ROOT
@@ -181,7 +186,8 @@ class Search:
             return first[0]
         walk = evolve if self.options.method == "evolution" else reinforce
         effort: Effort = "low" if self.folds.few else self.options.effort
-        return walk(first, space, RUNGS[effort], steps, self.attempt, self.folds.seed)
+        found = walk(first, space, RUNGS[effort], steps, self.attempt, self.folds.seed)
+        return found if self.permitted(found) else first[0]
 
     def first(self, base: str) -> list[Genotype]:
         """The candidates that a search begins with, the usual one first; those over the limit are left out."""
@@ -191,8 +197,27 @@ class Search:
         usual = kinds[0]
         found = [space.plain(gene, base) for gene in kinds]
         found += [space.plain(usual, base, encoder=False)]
-        least = [space.plain("reuse", base, encoder=False)]
-        return [one for one in dict.fromkeys(found) if self.permitted(one)] or least
+        return [one for one in dict.fromkeys(found) if self.permitted(one)] or [self.plain(base)]
+
+    def plain(self, base: str) -> Genotype:
+        """Reuse of as many of the ranked experts as the limit of private parameters permits.
+
+        Raises:
+            UserError: not even the fewest are permitted.
+        """
+        one = self.space.plain("reuse", base, encoder=False)
+        while not self.permitted(one):
+            fewer = self.space.fewer(one)
+            if fewer is None:
+                raise UserError(
+                    "No pathway is so small: a head, norms and a gate of its own are the least that a task adds.",
+                    where="--max-parameters",
+                    expected=f"at least {self.ground.cost(one).private}",
+                    got=str(self.options.max_parameters),
+                    fix="raise the limit or leave it out; nothing was committed",
+                )
+            one = fewer
+        return one
 
     def attempt(self, one: Genotype, rung: int, steps: int) -> float:
         """The reward of a candidate after so many steps; see `methods.Try`."""
@@ -229,12 +254,17 @@ class Search:
         self._note("head start", plain, 0, before.score, began)
         began = time.monotonic()
         looks = self.train(one, fold, self.whole, _looks(self.whole))
-        sub, last = self.ground.candidate(one), max(looks[1:], key=lambda look: look.score)
-        ways = {f"{part:.0%} of the way": between(looks[0].params, last.params, part) for part in PARTS}
-        refitted = self.refitted(with_params(sub, last.params), _some(fold.places, HEAD_ROWS))
-        ways |= {"its head refitted": refitted.params} if refitted is not None else {}
-        seen = [(way, self.arena.look(with_params(sub, params), fold.held, last.step)) for way, params in ways.items()]
-        way, best = max(seen, key=lambda pair: pair[1].score)
+        sub, last = self.ground.candidate(one), best_of(looks[1:])
+
+        def seen() -> Iterator[tuple[str, Look]]:
+            for part in PARTS:
+                made = with_params(sub, between(looks[0].params, last.params, part))
+                yield f"{part:.0%} of the way", self.arena.look(made, fold.held, last.step)
+            refitted = self.refitted(with_params(sub, last.params), _some(fold.places, HEAD_ROWS))
+            if refitted is not None:
+                yield "its head refitted", self.arena.look(refitted, fold.held, last.step)
+
+        way, best = max(seen(), key=lambda pair: pair[1].score)
         taken = self.better(before.score, best.score)
         self._note("fine-tune", one, looks[-1].step, best.score, began, f"step {best.step}, {way}")
         if not taken:

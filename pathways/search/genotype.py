@@ -80,6 +80,16 @@ class Space:
         encoder = self.encoder if encoder is None else encoder and self.encoder
         return Genotype(base or self.bases[0], (gene,) * self.layers, self.ranked, encoder)
 
+    def fewer(self, one: Genotype) -> Genotype | None:
+        """With one expert fewer, in the layer that keeps most; None where every layer keeps the fewest."""
+        spare = [
+            kept if kept > min(self.least, most) else 0 for kept, most in zip(one.experts, self.ranked, strict=True)
+        ]
+        if not any(spare):
+            return None
+        layer = int(np.argmax(spare))
+        return replace(one, experts=_put(one.experts, layer, one.experts[layer] - 1))
+
     def random(self, rng: np.random.Generator) -> Genotype:
         """Any candidate."""
         genes: tuple[Gene, ...] = tuple(self.genes[i] for i in rng.integers(len(self.genes), size=self.layers).tolist())

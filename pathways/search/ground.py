@@ -6,8 +6,10 @@ mean of the near ones. All bases fill the same arrays, so one compiled network r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -30,7 +32,7 @@ from pathways.adding.start import (
 from pathways.assemble import Part, components, from_layers, parts
 from pathways.model import Model
 from pathways.network.routed import BalanceBias
-from pathways.pathway import BASE, GATE_LEAVES, EncoderCopy, Experts, GateSpec
+from pathways.pathway import ADAPTER_LEAVES, BASE, GATE_LEAVES, EncoderCopy, Experts, GateSpec
 from pathways.search.arena import Rates, with_params
 from pathways.search.genotype import TRAINED_EXPERTS, Cost, Genotype
 from pathways.search.head import Head
@@ -120,25 +122,39 @@ class Ground:
         return rate
 
     def cost(self, genotype: Genotype) -> Cost:
-        """Of the pathway that the candidate would become."""
-        config, fitted = self.model.config.model, self.start.entry.fitted
+        """Of the pathway that the candidate would become; `private` is what a commit of it would add."""
+        config = self.model.config.model
         width, rank = config.width, max(self.start.entry.pathway.adapters, default=0)
-        levels = 1 + (config.layers if self.start.entry.pathway.taps else 0)
-        private = fitted.num_outputs * (width * levels + 1) + width * (2 * config.layers + 1)
+        private = sum(self._private(genotype, name, shape) for name, shape in self._shapes.items())
         shared, operations = 0.0, float(config.layers * 8 * width * width)
         for layer, gene in enumerate(genotype.genes):
             reused, own, _ = self.allowed(genotype, layer)
-            private += width * (len(reused) + len(own)) + (2 * width * rank if gene == "adapter" else 0)
             private += sum(get_kind(kind).parameters(width, config.hidden) for kind, _ in own)
             each = [get_kind(kind).parameters(width, config.hidden) for kind, _ in reused]
             shared += sum(each) / (self.users + 1)
             busy = [get_kind(kind).operations(width, config.hidden) for kind, _ in (*reused, *own)]
             operations += config.gate.top_k * float(np.mean(busy)) if busy else 0.0
             operations += 4.0 * width * rank if gene == "adapter" else 0.0
-        if genotype.encoder:
-            encoders = f"encoders/{self.start.entry.pathway.encoders}"
-            private += sum(v.size for v in _own_values(self.start, lambda name: name.startswith(encoders)).values())
         return Cost(private, shared, operations)
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all whole components that a candidate may own."""
+        return {name: value.shape for name, value in _own_values(self.start, lambda name: True).items()}
+
+    def _private(self, genotype: Genotype, name: str, shape: tuple[int, ...]) -> int:
+        """Numbers of one of them that the candidate keeps."""
+        pathway, size = self.start.entry.pathway, math.prod(shape)
+        if name.startswith(f"encoders/{pathway.encoders}/"):
+            return size if genotype.encoder else 0
+        if not name.startswith("gates/"):
+            return size
+        number, leaf = name.split("/")[-2:]
+        layer = self.model.routed_layers.index(int(number.removeprefix("layer")))
+        if leaf in ADAPTER_LEAVES:
+            return size if genotype.genes[layer] == "adapter" else 0
+        reused, own, _ = self.allowed(genotype, layer)
+        return size // shape[-1] * (len(reused) + len(own))
 
     def compact(self, genotype: Genotype, trained: SubModel) -> Start:
         """The candidate's own small network, without what it does not use."""
