@@ -386,6 +386,10 @@ def test_a_commit_of_somebody_else_moves_the_fresh_experts_on(
     assert trained.entry.pathway.owned == ({"mlp": (4, 5)}, {"mlp": (4, 5)})
     assert model.entry("clouds").pathway.owned == ({"mlp": (4, 5)}, {"mlp": (5, 6)})
     assert model.manifest["free"] == [{}, {}]
+    was, now = (entry.notes["profile"]["usage"][1]["mlp"] for entry in (trained.entry, model.entry("clouds")))
+    moved = {"4": "5", "5": "6"}
+    assert set(was) & set(moved)
+    assert now == {moved.get(expert, expert): share for expert, share in was.items()}
     for bank, values in trained.rows.items():
         layer = int(bank[len("banks/layer")])
         places = list(model.entry("clouds").pathway.owned[layer]["mlp"])
@@ -414,8 +418,20 @@ def test_a_name_taken_meanwhile_is_told(ready: tuple[Any, ...], tmp_path: Path) 
 def test_a_probe_reads_back(tiny_model: Model) -> None:
     names, batch = protect.read_probe(tiny_model.view.blob("probes/base"))
     sub = tiny_model.submodel(names)
-    again = protect.read_probe(protect.make_probe(sub, {name: [] for name in names}))
-    assert again[0] == names
-    assert (again[1]["task"] == -1).all()
+    assert protect.make_probe(sub, {name: [] for name in names}) is None
     present = batch["task"][batch["task"] >= 0]
     assert sorted(set(present.tolist())) == [0, 1, 2, 3]
+
+
+def test_a_probe_names_the_tasks_that_found_room_and_no_others(tiny_model: Model, tmp_path: Path) -> None:
+    """Of very many tasks the last find none; one without an example stands among the first."""
+    wine, settings = tiny_model.entry("wine").fitted, tiny_model.config.encoders
+    example = encode_tasks([wine], "train", tiny_model.tokenizer, settings, tmp_path)[0].example(0)
+    many = {f"task{number}": [example] if number != 1 else [] for number in range(2000)}
+    blob = protect.make_probe(tiny_model.submodel(("wine",)), many)
+    assert blob is not None
+    names, batch = protect.read_probe(blob)
+    shown = batch["task"][batch["task"] >= 0].tolist()
+    assert 1 < len(names) < 2000
+    assert names == ("task0", *(f"task{number}" for number in range(2, len(names) + 1)))
+    assert shown == list(range(len(names)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -15,12 +16,24 @@ from tiny import add_untrained
 
 from pathways.adding import remove_task, undo
 from pathways.adding.fit import own_part
+from pathways.adding.protect import read_probe
 from pathways.cli import main
-from pathways.life import copy_task, diff, lineage, marginal, plan_removal, rename_task, update_task, who_uses
+from pathways.life import (
+    copy_task,
+    diff,
+    lineage,
+    marginal,
+    plan_removal,
+    rename_task,
+    update,
+    update_task,
+    who_uses,
+)
 from pathways.life.ancestry import as_text
 from pathways.life.cost import operations
 from pathways.life.drawing import save_drawing
 from pathways.life.garbage import collect, garbage
+from pathways.life.names import same_bits
 from pathways.life.update import continued
 from pathways.life.users import Expert
 from pathways.model import Model, open_for_writing, row_chunked
@@ -185,6 +198,41 @@ def test_a_renamed_task_computes_the_same_bits_in_its_old_place(path: Path) -> N
         rename_task(path, "moods", "x")
 
 
+def test_a_task_without_a_row_in_its_probe_is_copied_and_renamed_all_the_same(path: Path) -> None:
+    """As the last of very many tasks are; an older program named them in the probe nonetheless."""
+    store, model = open_for_writing(path)
+    names, batch = read_probe(model.view.blob("probes/base"))
+    assert names[:2] == ("wine", "mood")
+    with np.load(io.BytesIO(model.view.blob("probes/base"))) as found:
+        arrays = dict(found)
+    arrays["batch/task"][batch["task"] == 0] = -1
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    store.commit(Changes(blobs={"probes/base": out.getvalue()}), "as it was", row_chunked=row_chunked)
+    copy_task(path, "wine", "wine_again")
+    rename_task(path, "wine", "vine")
+    rename_task(path, "wine_again", "vine_again")
+    rename_task(path, "mood", "temper")
+    model = Model.open(path)
+    assert not model.view.has("probes/own/vine_again")
+    assert read_probe(model.view.blob("probes/base"))[0] == ("temper", "words", "price")
+    with pytest.raises(UserError, match="other values under its new name"):
+        same_bits(model, emptied(model, "first"), "first", "first")
+
+
+def emptied(model: Model, task: str) -> Any:
+    """The state in which the probe of a task names it and shows no row of it."""
+    name = f"probes/own/{task}"
+    names, batch = read_probe(model.view.blob(name))
+    flat = {f"batch/{k}": v for k, v in batch.items() if not isinstance(v, dict)}
+    flat |= {f"batch/{k}/{a}": b for k, v in batch.items() if isinstance(v, dict) for a, b in v.items()}
+    out = io.BytesIO()
+    np.savez(out, names=np.array(names), **flat | {"batch/task": np.full_like(batch["task"], -1)})
+    store, _ = open_for_writing(model.path)
+    store.commit(Changes(blobs={name: out.getvalue()}), "emptied", row_chunked=row_chunked)
+    return Model(model.path, store).view
+
+
 def test_pins_name_versions_and_compaction_keeps_them(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(path)
     assert main(["pin", model, "paper", "--at", "3"]) == 0
@@ -221,6 +269,27 @@ def test_a_difference_names_what_came_changed_and_went(path: Path) -> None:
     assert diff(Model.open(path, 3), Model.open(path, 4), "second").experts == found.experts
     with pytest.raises(UserError, match="did you mean 'first'"):
         diff(Model.open(path, 3), Model.open(path, 4), "frist")
+
+
+def test_a_bank_that_only_an_upgrade_of_the_format_wrote_is_no_difference(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Format 1 made the digest of a bank in another way from the same rows."""
+    old, new = Model.open(path), Model.open(path)
+    find = old.view.find
+
+    def as_before(names: Any) -> Any:
+        return [replace(e, digest="0" * 32, paged=False) if e is not None and e.row_chunked else e for e in find(names)]
+
+    monkeypatch.setattr(old.view, "find", as_before)
+    monkeypatch.setattr(old.view, "row_digests", new.view.row_digests)
+    assert not diff(old, new).components
+    assert not diff(old, new, "first").components
+    other = [*new.view.row_digests("banks/layer0/mlp/w_in")[:-1], "1" * 32]
+    monkeypatch.setattr(
+        old.view, "row_digests", lambda name: other if name.endswith("layer0/mlp/w_in") else new.view.row_digests(name)
+    )
+    assert diff(old, new).experts == {Expert(0, "mlp", 6): "changed"}
 
 
 def test_collecting_takes_what_nobody_needs_and_nothing_else(path: Path) -> None:
@@ -285,6 +354,7 @@ def test_more_data_trains_what_is_the_tasks_own_and_refuses_what_is_worse(
     assert hashes(now, "first") != hashes(model, "first")
     assert {name: (hashes(now, name), logits(now, name)) for name in others} == others
     assert [m.what for m in lineage(now, "first").moments] == ["came", "changed"]
+    assert "accepted by" in card.notes[-1]
     assert diff(model, now).metrics["first"][2] == card.value
     with pytest.raises(UserError, match="pathways copy"):
         update_task(path, "wine", task.train, quiet=True)
@@ -293,6 +363,43 @@ def test_more_data_trains_what_is_the_tasks_own_and_refuses_what_is_worse(
         update_task(path, "first", task.train, steps=1, quiet=True)
     assert Model.open(path).version == now.version
     update_task(path, "first", task.train, steps=1, force=True, quiet=True)
+
+
+def test_an_update_is_decided_by_validation_rows_and_scored_on_test_rows(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test rows say worse, validation rows say better: it is committed, and the card says what test rows said."""
+    task: Any = Model.open(path).entry("first").fitted.task
+    splits, version = [], Model.open(path).version
+    honest = update._splits
+
+    def caught(*given: Any) -> Any:
+        splits.append(honest(*given))
+        return splits[-1]
+
+    def scores(valid: list[float], test: list[float]) -> Any:
+        told = iter(valid), iter(test)
+        return lambda sub, split: next(told[split is not splits[-1][1]])
+
+    monkeypatch.setattr(update, "_splits", caught)
+    monkeypatch.setattr(update, "fit", lambda sub, *rest, **named: (sub, None))
+    monkeypatch.setattr(update, "metric_of", scores([0.5, 0.4], [0.1, 0.9]))
+    with pytest.raises(UserError, match="validation rows"):
+        update_task(path, "first", task.train, steps=1, quiet=True)
+    assert Model.open(path).version == version
+    assert splits[-1][1] is not splits[-1][2]
+    monkeypatch.setattr(update, "metric_of", scores([0.5, 0.6], [0.9, 0.1]))
+    card = update_task(path, "first", task.train, steps=1, quiet=True)
+    assert (card.baselines["before the update"], card.value) == (0.9, 0.1)
+    assert "0.5 before, 0.6 after" in card.notes[-1]
+
+
+@pytest.mark.parametrize("steps", ["-5", "0"])
+def test_an_update_of_no_steps_is_told(grown: Path, steps: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["update", str(grown), "first", "--data", "any.csv", "--steps", steps]) == 2
+    told = capsys.readouterr().err
+    assert "steps" in told
+    assert "at least 1" in told
 
 
 def test_the_commands_say_what_they_find(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import pytest
 import tensorstore as ts
 
 from pathways.store import Changes, Store
-from pathways.store.locate import Database
+from pathways.store.locate import Database, locked
+from pathways.store.pins import stamped_pins
 from tasks.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +112,54 @@ def test_without_the_lock_the_conditional_write_refuses_the_second() -> None:
         commit(store, documents={"d": 1}, check=lambda view: commit(other, documents={"d": 2}))
     assert Store.open("memory://race").document("d") == 2
     assert [version.number for version in store.log()] == [1, 2]
+
+
+@pytest.mark.parametrize("act", ["pin", "unpin", "compact"])
+def test_a_pin_that_comes_just_before_the_lock_is_kept(store, monkeypatch, act) -> None:
+    """Somebody else pins version 1 at the last moment: neither another pin nor a compaction may lose it."""
+    store.pin("old")
+    others = [Store.open(store.path, mode="w")]
+
+    @contextmanager
+    def overtaken(path):
+        while others:
+            others.pop().pin("first", 1)
+        with locked(path):
+            yield
+
+    monkeypatch.setattr("pathways.store.store.locked", overtaken)
+    {"pin": lambda: store.pin("new"), "unpin": lambda: store.unpin("old"), "compact": store.compact}[act]()
+    kept = {"pin": {"first": 1, "new": 2, "old": 2}, "unpin": {"first": 1}, "compact": {"first": 1, "old": 2}}[act]
+    assert store.pins() == kept
+    assert Store.open(store.path, "first").version == 1
+
+
+def test_a_commit_to_a_bucket_that_a_pin_overtakes_says_so() -> None:
+    store = Store.create("memory://pinned")
+    other = Store.open("memory://pinned", mode="w")
+    with pytest.raises(UserError, match="gave a version a name"):
+        commit(store, documents={"d": 1}, check=lambda view: other.pin("first"))
+    assert store.pins() == {"first": 1}
+    commit(store, documents={"d": 1})
+    with pytest.raises(UserError, match="moved from version 1 to 2"):
+        other.pin("second")
+    assert store.pins() == {"first": 1}
+
+
+def test_of_two_pins_to_a_bucket_at_once_the_second_is_refused(monkeypatch) -> None:
+    store = Store.create("memory://pins")
+    others = [Store.open("memory://pins", mode="w")]
+
+    def overtaken(database):
+        found = stamped_pins(database)
+        while others:
+            others.pop().pin("first")
+        return found
+
+    monkeypatch.setattr("pathways.store.store.stamped_pins", overtaken)
+    with pytest.raises(UserError, match="gave a version a name"):
+        store.pin("second")
+    assert store.pins() == {"first": 1}
 
 
 def test_two_processes_commit_in_turn_and_lose_nothing(store) -> None:

@@ -272,6 +272,7 @@ def test_the_command_prints_and_writes_a_sheet_to_fill_in(
         (["wine", "-o", "todo.xlsx"], "The ending tells no format"),
         (["wine", "-o", "pool.csv"], "it may hold labels"),
         (["wine", "-o", "nowhere/todo.csv"], "a folder nowhere"),
+        (["wine", "--at", "nobody"], "No version has this name"),
         (["wine", "--poool", "x"], "did you mean --pool"),
     ],
 )

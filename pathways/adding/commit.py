@@ -51,7 +51,7 @@ class Trained:
     rows: Mapping[str, np.ndarray]
     borrowed: Mapping[str, tuple[str, ...]]
     card: Card
-    probe: bytes
+    probe: bytes | None
 
 
 def take_apart(start: Start, trained: SubModel) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -147,8 +147,21 @@ def renumbered(model: Model, trained: Trained) -> Trained:
     for spec, old, new in zip(trained.gate.candidates, trained.fresh, places, strict=True):
         kept = {kind: tuple(i for i in index if i not in old.get(kind, ())) for kind, index in spec.items()}
         specs.append(joined(kept, new))
-    entry = replace(trained.entry, pathway=replace(trained.entry.pathway, owned=places))
+    notes = {**trained.entry.notes}
+    if "profile" in notes:
+        usage = map(_moved_usage, notes["profile"]["usage"], trained.fresh, places)
+        notes["profile"] = {**notes["profile"], "usage": list(usage)}
+    entry = replace(trained.entry, pathway=replace(trained.entry.pathway, owned=places), notes=notes)
     return replace(trained, entry=entry, gate=GateSpec(tuple(specs)), fresh=places)
+
+
+def _moved_usage(usage: Mapping[str, Mapping[str, float]], old: Experts, new: Experts) -> dict[str, dict[str, float]]:
+    """A layer's shares, `{kind: {index: share}}`, with fresh experts at their new places."""
+    found = {}
+    for kind, shares in usage.items():
+        place = {str(a): str(b) for a, b in zip(old.get(kind, ()), new.get(kind, ()), strict=True)}
+        found[kind] = {place.get(index, index): share for index, share in shares.items()}
+    return found
 
 
 def changes(model: Model, trained: Trained) -> Changes:
@@ -176,7 +189,8 @@ def changes(model: Model, trained: Trained) -> Changes:
     }
     if trained.copied:
         made.documents[f"encoders/{pathway.encoders}/copied"] = trained.copied
-    made.blobs = {f"probes/{pathway.gate}": trained.probe}
+    if trained.probe is not None:
+        made.blobs = {f"probes/{pathway.gate}": trained.probe}
     return made
 
 

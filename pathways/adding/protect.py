@@ -53,10 +53,11 @@ class Allowed:
     groups: frozenset[Group] = frozenset()
 
 
-def make_probe(sub: SubModel, examples: Mapping[str, Sequence[Example]]) -> bytes:
-    """One packed batch of a few examples of each task, as an npz blob.
+def make_probe(sub: SubModel, examples: Mapping[str, Sequence[Example]]) -> bytes | None:
+    """One packed batch of a few examples of each task, as an npz blob; None if no task has any.
 
-    The first example of every task comes first, then the second of each, as long as there is room.
+    The first example of every task comes first, then the second of each, as long as there is room. A task for which
+    there was none is not named in it.
 
     Args:
         sub: a sub-model of these tasks, for the batch's shape.
@@ -67,12 +68,21 @@ def make_probe(sub: SubModel, examples: Mapping[str, Sequence[Example]]) -> byte
     names = list(examples)
     small = sum(example.length for _, example in queue) <= SMALL_ROWS * sub.config.encoders.max_length // 2
     packer = Packer(run_shape(sub, sub.layout.size.streams, small))
-    for task, example in queue:
-        packer.add(names.index(task), example)
+    placed = {task for task, example in queue if packer.add(names.index(task), example)}
+    if not placed:
+        return None
+    kept = [name for name in names if name in placed]
     out = io.BytesIO()
-    flat: dict[str, Any] = {f"batch/{name}": array for name, array in _flatten(packer.batch())}
-    np.savez_compressed(out, **{"names": np.array(names, np.str_), **flat})
+    batch = for_tasks({**packer.batch()}, names, kept)
+    flat: dict[str, Any] = {f"batch/{name}": array for name, array in _flatten(batch)}
+    np.savez_compressed(out, **{"names": np.array(kept, np.str_), **flat})
     return out.getvalue()
+
+
+def for_tasks(batch: Mapping[str, Any], names: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+    """A batch in which a task's integer is its place among `kept`, where it was that among `names`; -1 if not kept."""
+    place = np.array([kept.index(name) if name in kept else -1 for name in names], np.int32)
+    return {**batch, "task": np.where(batch["task"] >= 0, place[batch["task"]], -1).astype(np.int32)}
 
 
 def read_probe(blob: bytes) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -181,9 +191,7 @@ def check_logits(old: Model, new: Model, group: Group) -> None:
     kept = tuple(name for name in names if old.has(name) and new.has(name))
     if not kept:
         return
-    place = np.array([kept.index(name) if name in kept else -1 for name in names], np.int32)
-    task = np.where(batch["task"] >= 0, place[batch["task"]], -1).astype(np.int32)
-    batch = {**batch, "task": task}
+    batch = for_tasks(batch, names, kept)
     before, after = (probe_logits(model.submodel(kept), batch) for model in (old, new))
     for was, now in zip(before, after, strict=True):
         if was.tobytes() != now.tobytes():

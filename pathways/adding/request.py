@@ -26,6 +26,8 @@ from tasks.errors import UserError
 from tasks.fitted import FittedTask
 from tasks.spec import Task
 
+LEAST = {"new_experts": 0, "candidates": 1, "steps": 1, "max_parameters": 1}
+"""The smallest number that each of these options can be."""
 ADAPTER_RANK = 8
 TIMED_STEPS = 5
 
@@ -161,16 +163,25 @@ def _check_request(model: Model, task: Task, wanted: Wanted) -> None:
             got=f"each = {task.each!r}",
             fix="add its tasks one by one, with `where`",
         )
-    least = {"new_experts": 0, "candidates": 1, "steps": 1, "max_parameters": 1}
-    for name, smallest in least.items():
-        given = getattr(wanted, name)
-        if given is not None and given < smallest:
-            raise UserError("A number is too small.", where=name, expected=f"at least {smallest}", got=str(given))
-    rate = wanted.learning_rate
-    if rate is not None and not 0 < rate < math.inf:
-        raise UserError("The learning rate must be positive.", where="learning_rate", got=str(rate))
+    check_numbers(wanted.learning_rate, **{name: getattr(wanted, name) for name in LEAST})
     if "://" not in model.path and not os.access(model.path, os.W_OK):
         raise UserError("The model's folder cannot be written.", where=model.path, fix="check its owner and mode")
+
+
+def check_numbers(learning_rate: float | None, **given: int | None) -> None:
+    """Looks at the numbers that training is asked for with; None leaves one to the default.
+
+    Args:
+        given: of `LEAST`, those that there are.
+
+    Raises:
+        UserError: one that is too small.
+    """
+    for name, number in given.items():
+        if number is not None and number < LEAST[name]:
+            raise UserError("A number is too small.", where=name, expected=f"at least {LEAST[name]}", got=str(number))
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise UserError("The learning rate must be positive.", where="learning_rate", got=str(learning_rate))
 
 
 def _options(wanted: Wanted) -> Options:

@@ -1,4 +1,4 @@
-"""Which experts a new task starts from: the first, simple search. A stronger one needs only to give a `Choice`.
+"""Ranks the experts that a new task may start from, and the tasks nearest to it; `pathways.search` tries them.
 
 A seeded sample of the task's rows goes through the model on its *reference* pathway (the largest group of tasks that
 share norms and gate). An expert's score in a layer is the share of the sample's choices that it got there, plus the

@@ -35,8 +35,8 @@ def _update(command: Callable[..., Any]) -> None:
         "train a task on with more rows",
         """
         Goes on training a task that was added, from where it stands: only what is its own moves. The card says the
-        score before and after on the same held rows; a worse one is refused. It learns from these rows alone: a
-        glob that matches the old file, too, has it learn from both.
+        score before and after on the same test rows; one that is worse on the validation rows is refused. It learns
+        from these rows alone: a glob that matches the old file, too, has it learn from both.
         """,
         "pathways update runs/demo spam --data 'spam-*.csv' --test spam-test.csv",
     )
@@ -47,7 +47,7 @@ def _update(command: Callable[..., Any]) -> None:
     parser.add_argument("--test", metavar="FILE", help="held rows; the task's own file, or cut from the data")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps; by the number of rows by default")
     parser.add_argument("--seed", type=int, default=0, help="of the training [0]")
-    parser.add_argument("--force", action="store_true", help="commit it even if it is worse")
+    parser.add_argument("--force", action="store_true", help="commit it even if it is worse on the validation rows")
     parser.add_argument("--quiet", action="store_true", help="print no progress; the card is printed all the same")
 
 

@@ -6,6 +6,8 @@ import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
+from pathways.cli.life import version
+
 if TYPE_CHECKING:
     from pathways.suggesting.suggest import Suggestions
 
@@ -35,7 +37,7 @@ def add_suggest(command: Any) -> None:
     parser.add_argument("-o", "--output", metavar="OUT", help="write a .csv, .jsonl or .parquet to fill in")
     parser.add_argument("--encoding", help="of a text file; UTF-8 by default")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn by chance [0]")
-    parser.add_argument("--at", type=int, metavar="VERSION", help="an older version; see `pathways log`")
+    parser.add_argument("--at", type=version, metavar="VERSION", help="its number or name; see `pathways log`")
     parser.add_argument("--format", choices=FORMATS, default="table", help="of what is printed; table by default")
 
 

@@ -65,6 +65,8 @@ def diff(old: Model, new: Model, task: str | None = None) -> Difference:
     for name, was, now in zip(names, old.view.find(names), new.view.find(names), strict=True):
         if was == now or (was is not None and now is not None and was.digest == now.digest):
             continue
+        if was is not None and now is not None and was.paged != now.paged and _same_rows(old, new, name, was, now):
+            continue
         rows = _rows(old, new, name, was, now) if name.startswith("banks/") else {}
         rows = {expert: what for expert, what in rows.items() if mine is None or expert in mine}
         if mine is not None and name.startswith("banks/") and not rows:
@@ -118,6 +120,12 @@ def _rows(old: Model, new: Model, name: str, was: Entry | None, now: Entry | Non
     changed = {Expert(layer, kind, i): "changed" for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b}
     new_rows = {Expert(layer, kind, i): "added" for i in range(len(before), len(after))}
     return changed | new_rows | {Expert(layer, kind, i): "removed" for i in range(len(after), len(before))}
+
+
+def _same_rows(old: Model, new: Model, name: str, was: Entry, now: Entry) -> bool:
+    """Whether only the store's format changed, from which the digest of an array follows, but not those of its rows."""
+    alike = (was.dtype, was.shape, was.row_chunked) == (now.dtype, now.shape, now.row_chunked)
+    return alike and old.view.row_digests(name) == new.view.row_digests(name)
 
 
 def _bytes(was: Entry | None, now: Entry | None, rows: int) -> int | None:

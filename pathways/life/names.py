@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pathways.adding.protect import Allowed, check, probe_logits, read_probe
+from pathways.adding.protect import Allowed, check, for_tasks, probe_logits, read_probe
 from pathways.adding.remove import private_names
 from pathways.model import Model, manifest_with, open_for_writing, row_chunked, task_document
 from pathways.pathway import BASE, Pathway, encoder_names, gate_names, head_names, private
@@ -140,18 +140,24 @@ def moved(model: Model, entry: TaskEntry, to: Pathway) -> Changes:
         changes.documents[f"cards/{to.task}"] = {**model.view.document(f"cards/{was.task}"), "task": to.task}
     if model.view.has(f"probes/{was.gate}"):
         blob = model.view.blob(f"probes/{was.gate}")
-        changes.blobs[f"probes/{to.gate}"] = renamed_probe(blob, was.task, to.task, alone=to.gate != was.gate)
+        probe = renamed_probe(blob, was.task, to.task, alone=to.gate != was.gate)
+        if probe is not None:
+            changes.blobs[f"probes/{to.gate}"] = probe
     return changes
 
 
-def renamed_probe(blob: bytes, task: str, new: str, *, alone: bool) -> bytes:
-    """A probe in which the task has another name; `alone`: without the examples of others."""
+def renamed_probe(blob: bytes, task: str, new: str, *, alone: bool) -> bytes | None:
+    """A probe in which the task has another name; `alone`: without the examples of others, None if there are no more.
+
+    Tasks that have no example in it are named no longer.
+    """
     names, batch = read_probe(blob)
-    others = tuple(new if name == task else name for name in names)
-    if alone:
-        place = names.index(task) if task in names else -1
-        batch["task"] = np.where((batch["task"] == place) & (place >= 0), 0, -1).astype(np.int32)
-        others = (new,)
+    shown = [name for place, name in enumerate(names) if (batch["task"] == place).any()]
+    kept = [name for name in shown if name == task or not alone]
+    if not kept:
+        return None
+    others = [new if name == task else name for name in kept]
+    batch = for_tasks(batch, names, kept)
     out = io.BytesIO()
     with np.load(io.BytesIO(blob), allow_pickle=False) as found:
         arrays: dict[str, Any] = {key: found[key] for key in found.files if key != "names"}
@@ -160,19 +166,21 @@ def renamed_probe(blob: bytes, task: str, new: str, *, alone: bool) -> bytes:
 
 
 def same_bits(old: Model, staged: View, task: str, new: str) -> None:
-    """Both tasks on the new one's probe rows.
+    """Both tasks on the new one's probe rows. Without a row there, as for the last of very many tasks, none is run.
 
     Raises:
-        UserError: their logits differ.
+        UserError: their logits differ, or there are none to compare although the probe names the task.
     """
     then = Model(old.path, staged)
     blob = f"probes/{then.entry(new).pathway.gate}"
     if not staged.has(blob):
         return
     names, batch = read_probe(staged.blob(blob))
-    batch["task"] = np.where(batch["task"] == names.index(new), 0, -1).astype(np.int32)
+    if new not in names:
+        return
+    batch = for_tasks(batch, names, [new])
     was, now = probe_logits(old.submodel(task), batch), probe_logits(then.submodel(new), batch)
-    if any(a.tobytes() != b.tobytes() for a, b in zip(was, now, strict=True)):
+    if not was[0].size or any(a.tobytes() != b.tobytes() for a, b in zip(was, now, strict=True)):
         raise UserError(
             "The task would compute other values under its new name; nothing was committed.",
             where=old.path,

@@ -21,6 +21,7 @@ from pathways.adding.commit import take_apart
 from pathways.adding.fit import fit, make_recipe, metric_of, metrics_of, own_part
 from pathways.adding.protect import Allowed, check
 from pathways.adding.remove import freed_experts
+from pathways.adding.request import check_numbers
 from pathways.adding.start import Start
 from pathways.convolution import refuse_adding
 from pathways.data import cache_folder, encode_tasks
@@ -31,7 +32,7 @@ from pathways.monitor import Monitor
 from pathways.pathway import Experts, private
 from pathways.report import Card
 from pathways.store import Changes, Store, Version
-from pathways.submodel import TaskEntry
+from pathways.submodel import SubModel, TaskEntry
 from tasks.cache import EncodedSplit
 from tasks.errors import UserError
 from tasks.fitted import FittedTask
@@ -75,25 +76,27 @@ def update_task(
     quiet: bool = False,
     console: Console | None = None,
 ) -> Card:
-    """Trains a task on with more rows, and commits a new version if it is no worse on the held rows.
+    """Trains a task on with more rows, and commits a new version if it is no worse on the validation rows.
 
-    It learns from these rows alone: name a glob that matches the old file, too, to learn from both. Held rows are those
-    of `test`, or of the test file that the task came with, or else are cut from the new rows.
+    It learns from these rows alone: name a glob that matches the old file, too, to learn from both. The card has the
+    score on the test rows, before and after. Validation and test rows are those of `valid` and `test`, or of the files
+    that the task came with, or else are cut from the new rows.
 
     Args:
         data: rows of the same form as those the task came with: a file, a folder or a glob.
         valid, test: files; by default those the task came with, where it did.
         steps, learning_rate: by default by the number of rows, and a third of the model's own.
-        force: commit a worse one, too.
+        force: commit one that is worse on the validation rows, too.
 
     Returns:
         The card, with the score before and after.
 
     Raises:
-        UserError: no such task, one that shares its norms or gate, a mistake in the data, or a worse result. The model
-            is as it was then.
+        UserError: no such task, one that shares its norms or gate, a number that is none, a mistake in the data, or a
+            worse result. The model is as it was then.
     """
     began = time.monotonic()
+    check_numbers(learning_rate, steps=steps)
     store, model = open_for_writing(model_path)
     entry = model.entry(task)
     start = continued(model, entry)
@@ -101,27 +104,32 @@ def update_task(
     files = {"train": os.fspath(data), "valid": valid or spec.valid, "test": test or spec.test}
     fitted = replace(entry.fitted, task=replace(spec, **files))
     train, held_valid, held = _splits(model, fitted)
+    judges = held_valid if len(held_valid) else train
     rate = learning_rate or model.config.train.learning_rate / SLOWER
     recipe = make_recipe(model.config, train, steps, rate, seed)
-    before = metric_of(start.sub, held)
+    was, before = _scores(start.sub, judges, held)
     own = own_part(start)
     with (
         TemporaryDirectory() as folder,
         Monitor(Path(folder), recipe.config.steps, quiet=quiet, console=console) as log,
     ):
         sub, _ = fit(start.sub, train, held_valid, recipe, log, trainable=own)
-    after, metric = metric_of(sub, held), metric_names(fitted)[0]
-    if not force and not no_worse(metric, before, after):
+    (now, after), metric = _scores(sub, judges, held), metric_names(fitted)[0]
+    said = f"{len(judges):,} {'validation' if len(held_valid) else 'training'} rows"
+    if not force and not no_worse(metric, was, now):
         raise UserError(
-            "The task would be worse than before on the same held rows; nothing was committed.",
-            where=f"task {task}, {metric} of {len(held):,} rows",
-            expected=f"{before:.4g} or better",
-            got=f"{after:.4g}",
+            "The task would be worse than before on the same rows; nothing was committed.",
+            where=f"task {task}, {metric} of {said}",
+            expected=f"{was:.4g} or better",
+            got=f"{now:.4g}",
             fix="give it the old rows as well, more steps or a lower rate; or commit it all the same with --force",
         )
     whole, rows = take_apart(start, sub)
     old = card_of(model, task)
-    notes = (f"{len(train):,} training rows of {data}; scored on {len(held):,} held rows, before and after",)
+    notes = (
+        f"{len(train):,} training rows of {data}; scored on {len(held):,} held rows, before and after",
+        f"accepted by {said}: {metric} {was:.4g} before, {now:.4g} after",
+    )
     card = Card(
         task,
         metric,
@@ -133,9 +141,9 @@ def update_task(
         old.reused if old else (),
         notes,
     )
-    now = datetime.now(UTC).isoformat("T", "seconds")
+    moment = datetime.now(UTC).isoformat("T", "seconds")
     figures = {name: value for name, value in metrics_of(sub, held_valid).items() if np.isfinite(value)}
-    made = {"valid": figures, "updated": [*entry.notes.get("updated", ()), now]}
+    made = {"valid": figures, "updated": [*entry.notes.get("updated", ()), moment]}
     ready = Updated(replace(entry, notes={**entry.notes, **made}), start.fresh, whole, rows, card)
     commit_update(store, model, ready)
     if not quiet:
@@ -178,6 +186,12 @@ def _splits(model: Model, fitted: FittedTask) -> tuple[EncodedSplit, EncodedSpli
     if not len(train):
         raise UserError("No usable rows are left to train on.", where=f"task {fitted.task.name}: {fitted.task.train}")
     return train, valid, test if len(test) else valid if len(valid) else train
+
+
+def _scores(sub: SubModel, judges: EncodedSplit, held: EncodedSplit) -> tuple[float, float]:
+    """The chief metric on the rows to choose by, and on those to score on."""
+    found = metric_of(sub, judges)
+    return found, found if held is judges else metric_of(sub, held)
 
 
 def no_worse(metric: str, before: float, after: float) -> bool:

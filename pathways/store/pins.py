@@ -20,8 +20,13 @@ _NAME = re.compile(r"[\w.\-]+")
 
 def read_pins(database: ts.KvStore) -> dict[str, int]:
     """Name -> number of the version, by name."""
-    data = database.read(KEY).result().value
-    return dict(sorted(json.loads(data).items())) if data else {}
+    return stamped_pins(database)[0]
+
+
+def stamped_pins(database: ts.KvStore) -> tuple[dict[str, int], bytes]:
+    """The same, and the storage generation of the key that holds them."""
+    result = database.read(KEY).result()
+    return dict(sorted(json.loads(result.value).items())) if result.value else {}, result.stamp.generation
 
 
 def check_pin(path: str, name: str) -> str:

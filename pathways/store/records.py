@@ -2,8 +2,9 @@
 
 Keys of the OCDBT database:
 
-    format                      {"format": "pathways-store", "version": 1}
+    format                      {"format": "pathways-store", "version": 2}
     head                        {"number": N}: the newest version; every commit is conditional on it
+    pins                        {name: number}: versions that have a name. Written with the head
     log/<number>                one `Version`, and the OCDBT generation that holds it
     index/<name>                one `Entry`: kind, shape, dtype, digest. Listing the index never touches data
     hashes/<name>               of a row-chunked array: 16 bytes per page, the hash of the page

@@ -17,7 +17,7 @@ import tensorstore as ts
 from pathways.store.compact import Compaction, compact_in_place, compact_into
 from pathways.store.locate import Database, local_folder, locked, new_context, not_a_store, plain_errors
 from pathways.store.pins import KEY as PINS
-from pathways.store.pins import check_pin, pinned, read_pins
+from pathways.store.pins import check_pin, pinned, read_pins, stamped_pins
 from pathways.store.records import (
     FORMAT,
     FORMAT_VERSION,
@@ -160,19 +160,24 @@ class Store(View):
         """
         check_pin(self.path, name)
         number = self.version if version is None else version
-        with plain_errors(self.path, "pinning a version"):
-            read_version(self.path, self._database.at(), number)
-        known = self.pins()
-        if known.get(name, number) != number:
-            raise UserError("Another version has this name.", where=self.path, got=f"{name}, version {known[name]}")
-        self._write_pins({**known, name: number})
+
+        def named(database: ts.KvStore, known: dict[str, int]) -> dict[str, int]:
+            read_version(self.path, database, number)
+            if known.get(name, number) != number:
+                raise UserError("Another version has this name.", where=self.path, got=f"{name}, version {known[name]}")
+            return {**known, name: number}
+
+        self._change_pins(named)
         return number
 
     def unpin(self, name: str) -> None:
         """Takes a name away; the version stays until a compaction drops it."""
-        known = self.pins()
-        pinned(self.path, known, name)
-        self._write_pins({other: number for other, number in known.items() if other != name})
+
+        def without(_: ts.KvStore, known: dict[str, int]) -> dict[str, int]:
+            pinned(self.path, known, name)
+            return {other: number for other, number in known.items() if other != name}
+
+        self._change_pins(without)
 
     def undo(self, message: str | None = None) -> Version:
         """Reverts to the parent of the version opened here."""
@@ -199,28 +204,34 @@ class Store(View):
         Versions that have a name are kept as well. In place is for local stores; other processes must open again
         afterwards. Kept versions keep their numbers.
         """
-        with plain_errors(self.path, "compacting"):
-            log = {version.number: version for version in self.log()}
-            pins = self.pins()
-        kept = sorted({*(keep if keep is not None else [self.version]), *pins.values()})
-        for number in kept:
-            if number not in log:
-                raise no_such_version(self.path, number, list(log))
-        sources = [(log[number], self.at(number)) for number in kept]
         if destination is not None:
+            log, pins, kept = self._kept(keep)
+            sources = [(log[number], self.at(number)) for number in kept]
             return compact_into(self.path, os.fspath(destination), sources, pins)
         self._must_write()
         with locked(self.path):
             with plain_errors(self.path, "reading the head"):
                 self._must_be_newest(self._database.at())
+            log, pins, kept = self._kept(keep)
             if kept[-1:] != [max(log)]:
                 raise UserError(
                     "compaction in place must keep the newest version", expected=str(max(log)), got=str(kept)
                 )
+            sources = [(log[number], self.at(number)) for number in kept]
             done = compact_in_place(self.path, sources, pins)
         self._database = Database.find(self.path)
         self._move(self.version)
         return done
+
+    def _kept(self, keep: Sequence[int] | None) -> tuple[dict[int, Version], dict[str, int], list[int]]:
+        """What compaction needs to know: the log, the pins, and the numbers of all that it keeps, in order."""
+        pins = self.pins()
+        log = {version.number: version for version in self.log()}
+        kept = sorted({*(keep if keep is not None else [self.version]), *pins.values()})
+        for number in kept:
+            if number not in log:
+                raise no_such_version(self.path, number, list(log))
+        return log, pins, kept
 
     def _commit(self, apply: Callable[[Stage], None], message: str, check: Check | None) -> Version:
         self._must_write()
@@ -245,32 +256,37 @@ class Store(View):
                 stage.write("head", encode_json({"number": done.number}), if_equal=condition)
                 stage.write(log_key(done.number), encode_version(done))
                 with plain_errors(self.path, f"committing {message!r}"):
-                    self._finish(stage)
+                    self._finish(stage.transaction)
             except BaseException:
                 stage.transaction.abort()
                 raise
         self._move(done.number)
         return done
 
-    def _finish(self, stage: Stage) -> None:
+    def _finish(self, transaction: ts.Transaction) -> None:
         try:
-            stage.transaction.commit_async().result()
+            transaction.commit_async().result()
         except ValueError as error:
             if "Generation mismatch" not in str(error):
                 raise
             raise self._moved(head_number(self._database.at())[0]) from None
 
-    def _write_pins(self, pins: dict[str, int]) -> None:
-        """The head is written with them, so that a commit under way elsewhere fails rather than misses them."""
+    def _change_pins(self, change: Callable[[ts.KvStore, dict[str, int]], dict[str, int]]) -> None:
+        """Reads the pins and writes what `change` makes of them, so that no other pin comes in between.
+
+        The head is written with them, so that a commit under way elsewhere fails rather than misses them.
+        """
         self._must_write()
         with locked(self.path), plain_errors(self.path, "writing the pins"):
             database = self._database.at()
             condition = self._must_be_newest(database)
+            known, stamp = stamped_pins(database)
+            pins = change(database, known)
             transaction = ts.Transaction(atomic=True)
             bound = database.with_transaction(transaction)
-            bound.write(PINS, encode_json(pins) if pins else None)
+            bound.write(PINS, encode_json(pins) if pins else None, if_equal=stamp)
             bound.write("head", encode_json({"number": self.version, "pins": sorted(pins)}), if_equal=condition)
-            transaction.commit_async().result()
+            self._finish(transaction)
 
     def _must_write(self) -> None:
         if self.mode != "w":
@@ -288,8 +304,11 @@ class Store(View):
         return stamp
 
     def _moved(self, newest: int) -> UserError:
+        moved = f"the store moved from version {self.version} to {newest}"
+        if newest == self.version:
+            moved = "somebody else gave a version a name, or took one away,"
         return UserError(
-            f"the store moved from version {self.version} to {newest} while this was made ready; nothing was written",
+            f"{moved} while this was made ready; nothing was written",
             where=self.path,
             fix="open the store again and repeat the change on the newest version",
         )

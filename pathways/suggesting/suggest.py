@@ -71,7 +71,8 @@ def suggest(
 
     Args:
         pool: a file that the readers know ("-" for standard input), or rows as `predict` takes them. A target column
-            is ignored, but where it is filled in for some rows and blank for others, the filled ones are passed over.
+            is ignored; but where a file has it filled in for some rows and blank for others, the filled ones are
+            passed over.
         n: how many; fewer come where there are no more.
         seed: of where the groups begin, and of what is drawn where the model cannot doubt.
         keep: further columns of the file for `cells`.

@@ -304,7 +304,8 @@ def commit(prepared: Prepared, sub: SubModel, progress: Progress, folder: Path) 
         groups.setdefault(entry.pathway.gate, []).append(entry.name)
     for gate, names in groups.items():
         examples = examples_of(names, [prepared.data.train[sub.number(name)] for name in names], 2)
-        changes.blobs[f"probes/{gate}"] = make_probe(sub, examples)
+        if (probe := make_probe(sub, examples)) is not None:
+            changes.blobs[f"probes/{gate}"] = probe
     store = Store.open(folder / STORE, mode="w") if (folder / STORE).exists() else create_store(folder)
     store.commit(changes, f"trained {len(entries)} tasks jointly", row_chunked=row_chunked)
     return Model(folder, store)
