@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from pathways import describe
-from pathways.adding import commit, protect, remove, remove_task, search, start, undo
+from pathways.adding import commit, remove, remove_task, search, start, undo
 from pathways.adding.commit import Trained
 from pathways.counting import expert_names
+from pathways.life.names import renamed_probe
 from pathways.model import Model, row_chunked
 from pathways.pathway import EncoderCopy
 from pathways.report import Card
@@ -44,7 +45,7 @@ def put_in(
     made = start.prepare(model, borrowed, choice, new_experts, 0, copied)
     whole, rows = commit.take_apart(made, made.sub)
     card = Card(name, "accuracy", 0.5, {}, 1.0, 1, 1)
-    probe = protect.make_probe(made.sub, {name: []})
+    probe = renamed_probe(model.view.blob("probes/base"), "wine", name, alone=True) if streams == ("table",) else None
     digests = commit.fingerprint(model.view, made.borrowed)
     ready = Trained(made.entry, made.gate, made.fresh, made.copied, whole, rows, digests, card, probe)
     commit.commit(path, ready, made.borrowed, 0)
