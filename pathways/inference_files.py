@@ -62,6 +62,13 @@ def predict_file(
     kind = format or (ENDINGS.get(target.suffix.lower()) if target else None) or "csv"
     if kind not in FORMATS:
         raise unknown("output format", kind, FORMATS, where="--format")
+    if target is not None and target.exists() and Path(source).exists() and target.samefile(source):
+        raise UserError(
+            "The predictions would replace the rows they are made from; nothing was written.",
+            where=str(target),
+            expected="another file than the one that is read",
+            fix="name another with -o; --keep takes columns of the rows along",
+        )
     count = 0
     with opened(str(source), encoding) as (reader, folder), written(target) as file:
         writer = WRITERS[kind](file)

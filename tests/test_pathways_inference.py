@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pathways.inference import output_table, predict, predict_many, read_rows, to_table
-from pathways.inference_files import format_of, joined
+from pathways.inference_files import format_of, joined, predict_file
 from pathways.model import Model
 from tasks.encoded import EncoderSettings
 from tasks.errors import UserError
@@ -155,6 +155,15 @@ def test_unknown_task_is_an_error_never_another_task(tiny_model: Model) -> None:
         tiny_model.predict("wein", [{}])
     with pytest.raises(UserError, match="there is no column 'text'"):
         tiny_model.predict("mood", [{"txt": "a good day"}])
+
+
+def test_predictions_never_replace_the_rows_they_are_made_from(tiny_model: Model, tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text(Path(tiny_model.entry("wine").fitted.task.test or "").read_text())
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="would replace the rows they are made from"):
+        predict_file(tiny_model, "wine", str(file), str(tmp_path / "." / "rows.csv"))
+    assert file.read_bytes() == before
 
 
 def test_a_kept_column_keeps_its_name() -> None:

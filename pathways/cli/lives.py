@@ -17,12 +17,14 @@ MOST = 30
 def run_update(args: Namespace) -> None:
     from pathways.cli.commands import set_up_jax
     from pathways.life import update_task
+    from pathways.model import Model
 
     set_up_jax()
     options = {name: getattr(args, name) for name in ("valid", "test", "steps", "seed", "force", "quiet")}
     card = update_task(args.model, args.task, args.data, **options)
     if args.quiet:
         card.render()
+    print(f"Version {Model.open(args.model).version}: {args.task} updated")
 
 
 def run_copy(args: Namespace) -> None:

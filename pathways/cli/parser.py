@@ -238,7 +238,10 @@ def _undo(command: Any) -> None:
     parser = command(
         "undo",
         "go back to an older version",
-        "Makes the content of an older version the newest one: that before the last change by default.",
+        """
+        Makes the content of an older version the newest one: that before the last change by default. An undo is a
+        change too: a second one brings back what the first took, and `--to` goes further back.
+        """,
         "pathways undo runs/demo --to 2",
     )
     _model(parser)

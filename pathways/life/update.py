@@ -122,7 +122,7 @@ def update_task(
             where=f"task {task}, {metric} of {said}",
             expected=f"{was:.4g} or better",
             got=f"{now:.4g}",
-            fix="give it the old rows as well, more steps or a lower rate; or commit it all the same with --force",
+            fix="give it the old rows as well, or more steps; or commit it all the same with --force",
         )
     whole, rows = take_apart(start, sub)
     old = card_of(model, task)
@@ -134,7 +134,7 @@ def update_task(
         task,
         metric,
         after,
-        {**(old.baselines if old else {}), BEFORE: before},
+        {BEFORE: before},  # the baselines of before were scored on other rows
         time.monotonic() - began,
         own.count(sub.params),
         0,
