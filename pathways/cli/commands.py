@@ -235,9 +235,9 @@ def run_compact(args: Namespace) -> None:
     store, _ = open_for_writing(args.model)
     keep = {*args.keep, *store.pins().values(), store.version}
     gone = [version for version in store.log() if version.number not in keep]
-    for version in gone:
-        print(f"version {version.number} goes: {version.message}")
     if gone and not args.keep and not args.yes:
+        for version in gone:
+            print(f"version {version.number} would go: {version.message}")
         raise UserError(
             "Nothing was dropped yet: there is no way back to a version that is gone.",
             where=args.model,
@@ -245,6 +245,8 @@ def run_compact(args: Namespace) -> None:
             got=f"{len(gone)} versions to drop",
         )
     done = store.compact(keep=sorted(keep))
+    for version in gone:
+        print(f"version {version.number} is gone: {version.message}")
     kept = ", ".join(map(str, sorted(keep)))
     print(f"{report.size(done.before)} before, {report.size(done.after)} now; kept version {kept}")
 
