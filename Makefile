@@ -59,7 +59,7 @@ format: $(STAMP) ## mend what ruff can mend
 bench: $(STAMP) ## every benchmark of speed, into runs/bench (most of an hour)
 	$(BIN)/python -m benchmarks.run --out runs/bench $(BENCH_ARGS)
 
-bench-quick: $(STAMP) ## a small size of each, into runs/bench-quick (three minutes)
+bench-quick: $(STAMP) ## a small size of each, into runs/bench-quick (under three minutes)
 	$(BIN)/python -m benchmarks.run --out runs/bench-quick --quick $(BENCH_ARGS)
 
 baselines: $(STAMP) ## the plain baselines on the shared data (valid split), a few minutes

@@ -54,13 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench")
     parser.add_argument("--quick", action="store_true", help="a small size of each")
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help="these; all by default")
     parser.add_argument("--torch", help="a Python with torch and transformers, for `peers`")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     failed = []
-    for name in options.only:
+    # Without torch the peers are all jax, which a quick look can do without.
+    usual = [name for name in BENCHMARKS if name != "peers" or options.torch or not options.quick]
+    for name in options.only or usual:
         arguments = ["--quick"] if options.quick else [word.format(out=out) for word in BENCHMARKS[name]]
         if name == "peers" and options.torch:
             arguments += ["--torch", options.torch]

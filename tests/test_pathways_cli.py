@@ -371,7 +371,7 @@ def test_undo_and_compact(model_copy: Path, capsys: pytest.CaptureFixture[str]) 
     assert "mood" not in capsys.readouterr().out.splitlines()[1:]
     assert main(["compact", model]) == 2
     done = capsys.readouterr()
-    assert [line.partition(":")[0] for line in done.out.splitlines()] == [f"version {i} goes" for i in (1, 2, 3)]
+    assert [line.partition(":")[0] for line in done.out.splitlines()] == [f"version {i} would go" for i in (1, 2, 3)]
     assert "--yes" in done.err
     assert Model.open(model, 3).version == 3
     assert main(["compact", model, "--yes"]) == 0
