@@ -42,7 +42,7 @@ class ImageStem(nnx.Module):
 
     def __call__(self, images: jax.Array, dtype: Any) -> jax.Array:
         """`[N, P, P, channels]` in 0..1 -> `[N, P, P, D]` of a compute type."""
-        x = convolve((images * 2.0 - 1.0).astype(dtype), self.kernel[...].astype(dtype), (1, 1))
+        x: jax.Array = convolve((images * 2.0 - 1.0).astype(dtype), self.kernel[...].astype(dtype), (1, 1))
         return jax.nn.relu(group_norm(x, self.scale[...], self.bias[...]))
 
 
