@@ -107,7 +107,7 @@ def choose(model: Model, sub: SubModel, train: EncodedSplit, *, per_layer: int, 
         scores.append(score)
     config = model.config.model
     ranked = _best(scores, slots, max(per_layer, config.gate.top_k), config.scan_layers)
-    experts = tuple(_by_kind(layer, list(config.experts)) for layer in ranked)
+    experts = tuple(by_kind(layer, list(config.experts)) for layer in ranked)
     reused = _reused(model, known, ranked, slots)
     return Choice(experts, ranked, tuple(near), tuple(near.values()), reused, tuple(own["embedding"]))
 
@@ -158,7 +158,8 @@ def _best(
     return tuple(found)
 
 
-def _by_kind(chosen: Sequence[Slot], kinds: Sequence[str]) -> Experts:
+def by_kind(chosen: Sequence[Slot], kinds: Sequence[str]) -> Experts:
+    """Experts of a layer under their kinds, in the order of `kinds`; kinds without any are left out."""
     layer = {kind: tuple(sorted(i for k, i in chosen if k == kind)) for kind in kinds}
     return {kind: index for kind, index in layer.items() if index}
 

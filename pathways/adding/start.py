@@ -217,8 +217,8 @@ def gate_components(
     rng = np.random.default_rng([seed, 1])
     found = {}
     for layer, number in enumerate(model.routed_layers):
-        columns = [_columns(model.gate(source).candidates[layer]) for source in sources]
-        wanted = _columns(gate.candidates[layer])
+        columns = [columns_of(model.gate(source).candidates[layer]) for source in sources]
+        wanted = columns_of(gate.candidates[layer])
         for leaf in GATE_LEAVES:
             names = [f"gates/{source}/layer{number}/{leaf}" for source in sources]
             if not model.view.has(names[0]):
@@ -242,7 +242,8 @@ def _fill_fresh(value: np.ndarray, fresh: list[int], ranked: list[int], leaf: st
         value[..., column] = like + (0.0 if leaf == "bias" else noise)
 
 
-def _columns(candidates: Experts) -> dict[tuple[str, int], int]:
+def columns_of(candidates: Experts) -> dict[tuple[str, int], int]:
+    """(kind, index) of each candidate -> its column in the gate's arrays."""
     slots = [(kind, index) for kind, indices in candidates.items() for index in indices]
     return {slot: column for column, slot in enumerate(slots)}
 

@@ -18,9 +18,10 @@ import numpy as np
 from flax import nnx
 
 from experts.kinds import get_kind
-from pathways.adding.search import Choice, Slot
+from pathways.adding.search import Choice, Slot, by_kind
 from pathways.adding.start import (
     Start,
+    columns_of,
     fresh_kind,
     fresh_places,
     gate_components,
@@ -83,7 +84,7 @@ class Ground:
         whole, rows = dict(self.bases[genotype.base]), {}
         for layer, number in enumerate(self.model.routed_layers):
             _, own, copied = self.allowed(genotype, layer)
-            columns = _columns(self.start.gate.candidates[layer])
+            columns = columns_of(self.start.gate.candidates[layer])
             _copy_columns(whole, f"gates/{self.start.entry.pathway.gate}/layer{number}/", columns, own, copied)
             rows |= self._copied_rows(number, own, copied)
         if head is not None:
@@ -95,7 +96,7 @@ class Ground:
         slots = []
         for layer in range(len(genotype.genes)):
             reused, own, _ = self.allowed(genotype, layer)
-            columns = _columns(self.start.gate.candidates[layer])
+            columns = columns_of(self.start.gate.candidates[layer])
             table = self.start.sub.layout.slots[layer]
             on = [columns[slot] for slot in (*reused, *own)]
             masked = np.full_like(table, sum(n for _, n in self.start.sub.layout.size.experts[layer]))
@@ -162,9 +163,7 @@ class Ground:
         numbers = [len(self.allowed(genotype, i)[1]) for i in range(len(genotype.genes))]
         owned = fresh_places(self.model, numbers)
         kinds = list(self.model.config.model.experts)
-        spec = GateSpec(
-            tuple(joined(_by_kind(self.allowed(genotype, i)[0], kinds), new) for i, new in enumerate(owned))
-        )
+        spec = GateSpec(tuple(joined(by_kind(self.allowed(genotype, i)[0], kinds), new) for i, new in enumerate(owned)))
         copied: EncoderCopy = self.start.copied if genotype.encoder else {}
         rank = max(pathway.adapters, default=0)
         adapters = tuple(rank if gene == "adapter" else 0 for gene in genotype.genes)
@@ -179,8 +178,8 @@ class Ground:
         whole = _own_values(replace(self.start, sub=trained), lambda found: not found.startswith("banks/"))
         rows: Rows = {}
         for layer, number in enumerate(self.model.routed_layers):
-            columns = _columns(self.start.gate.candidates[layer])
-            chosen = [columns[slot] for slot in _columns(spec.candidates[layer])]
+            columns = columns_of(self.start.gate.candidates[layer])
+            chosen = [columns[slot] for slot in columns_of(spec.candidates[layer])]
             for leaf in GATE_LEAVES:
                 if (key := f"gates/{pathway.gate}/layer{number}/{leaf}") in whole:
                     whole[key] = whole[key][..., chosen]
@@ -312,13 +311,3 @@ def _own_values(start: Start, keep: Callable[[str], bool]) -> Values:
     flat, layout, config = start.sub.flat(), start.sub.layout, start.sub.config.model
     found = components(flat, layout, config, lambda name: name.startswith(prefixes) and keep(name))
     return {name: value for name, (_, value) in found.items()}
-
-
-def _columns(candidates: Experts) -> dict[Slot, int]:
-    slots = [(kind, index) for kind, indices in candidates.items() for index in indices]
-    return {slot: column for column, slot in enumerate(slots)}
-
-
-def _by_kind(chosen: Sequence[Slot], kinds: Sequence[str]) -> Experts:
-    layer = {kind: tuple(sorted(i for k, i in chosen if k == kind)) for kind in kinds}
-    return {kind: index for kind, index in layer.items() if index}
